@@ -1,0 +1,1 @@
+"""Proof that zoo computes what the reference implementations compute: `python -m tests.parity`."""

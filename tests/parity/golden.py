@@ -1,0 +1,142 @@
+"""Golden cases: what a reference implementation computed, for weights and inputs that are rebuilt here.
+
+A case records neither weights nor inputs: both are functions of (seed, name, shape). `Case` rebuilds them,
+and the comparisons measure a computed tensor against a record in units of the recorded std.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def _normal(key: str, shape: Iterable[int]) -> np.ndarray:
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
+    return generator.standard_normal(tuple(shape))
+
+
+def fill_input(name: str, shape: Iterable[int], seed: int) -> Tensor:
+    """The standard-normal float64 input called `name`."""
+    return torch.from_numpy(np.asarray(_normal(f"{seed}:input:{name}", shape)))
+
+
+def fill_weight(name: str, shape: Iterable[int], seed: int) -> Tensor:
+    """The float64 values of the weight called `name`; the rule looks at name and rank only."""
+    shape = tuple(shape)
+    normal = np.asarray(_normal(f"{seed}:{name}", shape))
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "running_var":
+        values = 1.0 + 0.5 * np.abs(normal)
+    elif leaf == "running_mean":
+        values = 0.1 * normal
+    elif len(shape) >= 2:
+        values = normal / math.sqrt(max(1, math.prod(shape[1:])))
+    elif leaf == "bias":
+        values = 0.1 * normal
+    else:
+        values = 1.0 + 0.1 * normal
+    return torch.from_numpy(np.asarray(values))
+
+
+class Case(dict):
+    """The fields of one golden file, with the weights and inputs that they stand for."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        super().__init__(json.loads(self.path.read_text()))
+
+    @property
+    def name(self) -> str:
+        """Folder and stem: "crate/crate_tiny"."""
+        return f"{self.path.parent.name}/{self.path.stem}"
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights and inputs."""
+        return self.get("seed", 0)
+
+    def weights(self, entries: list | None = None) -> dict[str, Tensor]:
+        """The reference state dict in float64: every floating entry, `weight_edits` applied.
+
+        Integer entries and what `derived_buffers` or `kept_entries` names are left out: the model builds
+        those itself.
+        """
+        entries = self["state_dict"] if entries is None else entries
+        kept = {*_names(self.get("derived_buffers")), *_names(self.get("kept_entries"))}
+        state = {
+            name: fill_weight(name, shape, self.seed)
+            for name, shape, dtype in entries
+            if "float" in dtype and name not in kept
+        }
+        for leaf, factor in self.get("weight_edits") or ():
+            for name in state:
+                if name.rsplit(".", 1)[-1] == leaf:
+                    state[name] = state[name] * factor
+        return state
+
+    def input(self, name: str | None = None, shape: Iterable[int] | None = None) -> Tensor:
+        """The recorded input, or another one of the given name and shape, in float64."""
+        record = self.get("input") or {}
+        return fill_input(name or record["name"], shape or record["shape"], self.seed)
+
+
+def _names(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, dict)) else [value]
+
+
+def golden_cases(*families: str) -> list[Case]:
+    """The cases under `tests/golden`, of the given families or of all."""
+    folders = [GOLDEN / f for f in families] if families else sorted(p for p in GOLDEN.iterdir() if p.is_dir())
+    return [Case(path) for folder in folders for path in sorted(folder.glob("*.json"))]
+
+
+def output_error(record: dict, output: Tensor) -> float:
+    """Largest deviation of `output` from a record: its values, mean, std and random projections.
+
+    In units of the recorded std (of 1 where that is zero). Records sample the flat tensor: its first
+    elements, every `stride`-th, or `indices` start / step / count. A NaN is an infinite deviation.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if list(output.shape) != list(record["shape"]):
+        raise ValueError(f"shape {list(output.shape)}, recorded {record['shape']}")
+    flat = output.detach().double().reshape(-1).numpy()
+    recorded = np.asarray(record["values"], dtype=np.float64).reshape(-1)
+    if "indices" in record:
+        sampled = flat[record["indices"]["start"] :: record["indices"]["step"]]
+    elif "stride" in record:
+        sampled = flat[:: record["stride"]]
+    else:
+        sampled = flat
+    deviations = [float(np.abs(sampled[: recorded.size] - recorded).max(initial=0.0))]
+    if sampled.size < recorded.size:
+        raise ValueError(f"{sampled.size} sampled elements, {recorded.size} recorded")
+    if "mean" in record:
+        deviations.append(abs(float(flat.mean()) - record["mean"]))
+    if "std" in record:
+        deviations.append(abs(float(flat.std()) - record["std"]))
+    for k, expected in enumerate(record.get("checksum", [])):
+        probe = fill_input(f"probe{k}", (flat.size,), 0).numpy()
+        deviations.append(abs(float(flat @ probe) / math.sqrt(flat.size) - expected))
+    worst = max(d if math.isfinite(d) else math.inf for d in deviations)
+    return worst / (record.get("std") or 1.0)
+
+
+def relative_error(computed: float, recorded: float) -> float:
+    """|computed - recorded| relative to the recorded value (absolute where that is zero)."""
+    error = abs(float(computed) - recorded) / (abs(recorded) or 1.0)
+    return error if math.isfinite(error) else math.inf

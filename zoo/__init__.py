@@ -1,0 +1,55 @@
+"""zoo: efficient vision backbones behind timm's front door, with heads, kernels and recipes.
+
+    import timm, zoo
+    model = timm.create_model("crate_tiny", num_classes=10)
+
+Importing zoo registers every model with timm and needs torch, torchvision and timm only. Everything else
+(heads, training, tools) is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from zoo import crate, metaformer  # importing a family registers its models
+from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
+from zoo.folding import fold
+from zoo.registry import list_models
+
+__version__ = "0.1.0"
+
+# name -> module that defines it; resolved on first access, so that `import zoo` stays as light as timm
+_LAZY = {
+    "predict": "zoo.prediction",
+    "Prediction": "zoo.prediction",
+    "read_image": "zoo.images",
+    "ImageError": "zoo.images",
+}
+_SUBPACKAGES = ("heads", "kernels", "tools", "train")
+
+__all__ = [
+    "CheckpointError",
+    "ImageError",
+    "LoadReport",
+    "Prediction",
+    "crate",
+    "fold",
+    "list_models",
+    "load_checkpoint",
+    "metaformer",
+    "predict",
+    "read_image",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"zoo.{name}")
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBPACKAGES})
