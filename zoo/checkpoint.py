@@ -28,8 +28,9 @@ from torch import Tensor, nn
 StateDict = dict[str, Tensor]
 
 # Under these names training scripts store the weights, in order of preference: averaged weights are
-# what their authors evaluate.
-_EMA_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "ema")
+# what their authors evaluate. mmengine needs no entry: it stores the averaged weights as `state_dict` and
+# the raw ones as `ema_state_dict`.
+_EMA_KEYS = ("state_dict_ema", "model_ema", "params_ema", "ema")
 _WEIGHT_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "params", "net")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _LISTED = 12  # names shown of each kind in an error; the report object holds all of them
@@ -163,7 +164,15 @@ def read_checkpoint(path: str | PathLike) -> dict:
                 "would run code from the file; save its state dict alone and load that"
             ) from error
         raise CheckpointError(f"{path} is not a checkpoint: {_first_sentence(error)}") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError, AttributeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        OSError,
+        AttributeError,
+    ) as error:
         raise CheckpointError(
             f"{path} is truncated or not a checkpoint: {_first_sentence(error)}; download it again"
         ) from error
@@ -194,7 +203,9 @@ def unwrap_state_dict(content: Mapping, *, prefer_ema: bool = True) -> StateDict
     while not any(isinstance(value, Tensor) and value.ndim for value in content.values()):
         inner = next((content[key] for key in keys if isinstance(content.get(key), Mapping) and content[key]), None)
         if inner is None:
-            raise CheckpointError(f"no tensors in this checkpoint; its entries are: {', '.join(map(str, content)) or 'none'}")
+            raise CheckpointError(
+                f"no tensors in this checkpoint; its entries are: {', '.join(map(str, content)) or 'none'}"
+            )
         content = inner
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if "steps" in state and any(name.startswith("module.") for name in state):
@@ -220,7 +231,10 @@ def _dense_backbone_part(state: StateDict, model: nn.Module) -> tuple[StateDict,
     if not any(name.startswith(prefix) for name in state) or any(name.startswith(prefix) for name in own):
         return state, None
     part = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    return part, f"only the backbone of the file was used, {len(state) - len(part)} other entries were left out"
+    return (
+        part,
+        f"only the backbone of the file was used, {len(state) - len(part)} other entries were left out",
+    )
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -235,7 +249,7 @@ def load_checkpoint(
     checkpoint: str | PathLike | Mapping,
     strict: bool = True,
     *,
-    head: Literal["match", "keep", "file"] = "match",
+    head: Literal["match", "fit", "keep", "file"] = "match",
     prefer_ema: bool = True,
 ) -> LoadReport:
     """Load weights into `model`, whatever wrapper and official layout they come in.
@@ -245,8 +259,8 @@ def load_checkpoint(
         checkpoint: a file (`.pth`, `.pt`, `.bin`, `.safetensors`, ...) or a state dict.
         strict: every entry of both sides must be used. If False, what does not fit is only reported.
         head: what to do when the file was trained for another number of classes. "match": an error;
-            "keep": load everything but the classifier, which stays as it is in the model; "file": give the
-            model a classifier of the file's size first.
+            "fit": leave the model's classifier as it is if the file's has another size; "keep": leave it as it
+            is in any case; "file": give the model a classifier of the file's size first.
         prefer_ema: take averaged weights where the file has both.
 
     Returns:
@@ -275,14 +289,15 @@ def load_checkpoint(
     classifier = classifier_names(model)
     if head == "file":
         _resize_classifier(model, state, classifier, report)
-    elif head == "keep" and classifier:
-        dropped = [name for name in state if name.startswith(classifier)]
+    elif head == "keep" or (head == "fit" and _classifier_differs(model, state, classifier)):
+        head = "keep"
+        dropped = [name for name in state if classifier and name.startswith(classifier)]
         for name in dropped:
             del state[name]
         report.notes.append(f"the classifier of the file was left out ({len(dropped)} entries)")
 
     own = model.state_dict()
-    kept = set(name for name in own if head == "keep" and name.startswith(classifier)) if classifier else set()
+    kept = {name for name in own if head == "keep" and name.startswith(classifier)}
     report.missing = [name for name in own if name not in state and name not in kept]
     report.unexpected = [name for name in state if name not in own]
     report.mismatched = [
@@ -296,6 +311,15 @@ def load_checkpoint(
         raise CheckpointError(_explain(model, source, state, report, classifier))
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _classifier_differs(model: nn.Module, state: StateDict, classifier: tuple[str, ...]) -> bool:
+    own = model.state_dict()
+    return any(
+        name.startswith(classifier) and (name not in state or state[name].shape != own[name].shape)
+        for name in own
+        if classifier
+    )
 
 
 def _resize_classifier(model: nn.Module, state: StateDict, classifier: tuple[str, ...], report: LoadReport) -> None:

@@ -33,7 +33,10 @@ def list_models(filter: str | Iterable[str] = "", *, pretrained: bool = False) -
         name
         for name in names
         if is_zoo_model(name)
-        and (not any(patterns) or any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(name.split(".")[0], p) for p in patterns))
+        and (
+            not any(patterns)
+            or any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(name.split(".")[0], p) for p in patterns)
+        )
     ]
 
 

@@ -1,0 +1,57 @@
+"""List models: zoo's own, or with --all every model of timm; with --task those that a task can be built on."""
+
+from __future__ import annotations
+
+import argparse
+
+import timm
+
+import zoo
+from zoo.manifest import known_weights
+from zoo.registry import model_family
+
+HELP = "models, with their families and whether weights can be had"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `zoo list`."""
+    parser.add_argument("filter", nargs="?", default="", help="shell-style pattern, such as 'crate*'")
+    parser.add_argument("--all", action="store_true", help="timm's models too")
+    parser.add_argument("--pretrained", action="store_true", help="only models whose weights can be downloaded")
+    parser.add_argument("--names", action="store_true", help="names only, for scripts")
+    parser.add_argument("--recipes", action="store_true", help="list training recipes instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list; status 1 if it is empty."""
+    if args.recipes:
+        return _list_recipes()
+    if args.all:
+        names = timm.list_models(args.filter, pretrained=args.pretrained)
+    else:
+        names = zoo.list_models(args.filter, pretrained=args.pretrained)
+    if not names:
+        print(f"no model matches {args.filter!r}")
+        return 1
+    if args.names:
+        print("\n".join(names))
+        return 0
+    access = {}
+    for weights in known_weights():
+        access.setdefault(weights.model, []).append(f"{weights.tag} ({weights.access})")
+    width = max(map(len, names))
+    print(f"{'model':<{width}}  {'family':<12}  weights")
+    for name in names:
+        print(f"{name:<{width}}  {model_family(name):<12}  {', '.join(access.get(name.split('.')[0], ['-']))}")
+    print(f"{len(names)} models")
+    return 0
+
+
+def _list_recipes() -> int:
+    from zoo.train.recipes import list_recipes
+
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    for name, function in recipes.items():
+        print(f"{name:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
+    return 0

@@ -1,0 +1,76 @@
+"""Predict on pictures: names and scores on the screen, and with --out labelled pictures and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HELP = "names and scores for pictures, and pictures with them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `zoo predict`."""
+    parser.add_argument("weights", help="a file that zoo train wrote, or a registered model name with --checkpoint")
+    parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
+    parser.add_argument("--checkpoint", help="weights, where a model name is given")
+    parser.add_argument("--pretrained", action="store_true", help="released weights, where a model name is given")
+    parser.add_argument("--topk", type=int, default=5, help="classes to name")
+    parser.add_argument("--out", type=Path, help="folder for labelled pictures and predictions.json")
+    parser.add_argument("--device", help="cpu, cuda or mps; the best one found by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict; pictures that cannot be read are named at the end and give status 1."""
+    from zoo.tools.evaluate import load_classifier
+
+    import zoo
+    from zoo.images import ImageError
+
+    is_file = Path(args.weights).suffix == ".safetensors" and Path(args.weights).is_file()
+    model = load_classifier(
+        argparse.Namespace(
+            weights=args.weights if is_file and not args.checkpoint else None,
+            model=args.weights,
+            checkpoint=args.checkpoint,
+            pretrained=args.pretrained,
+        )
+    )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    multilabel = bool(getattr(model, "zoo_metadata", {}).get("multilabel"))
+    records, unreadable = [], []
+    for path in _pictures(args.images):
+        try:
+            image = zoo.read_image(path)
+        except (ImageError, FileNotFoundError) as error:
+            unreadable.append(str(error))
+            continue
+        prediction = zoo.predict(model, image, topk=args.topk, multilabel=multilabel, device=args.device)
+        shown = ", ".join(f"{name} {100 * score:.1f} %" for name, score in zip(prediction.names, prediction.scores))
+        print(f"{path}: {shown or 'nothing above the threshold'}")
+        records.append({"file": str(path), **prediction.to_dict()})
+        if args.out:
+            prediction.draw(image).save(args.out / f"{path.stem}.png")
+    if args.out:
+        (args.out / "predictions.json").write_text(json.dumps(records, indent=2) + "\n")
+    for line in unreadable:
+        print(f"not read: {line}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def _pictures(paths: list[Path]) -> list[Path]:
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    extensions = {e.lower() for e in get_img_extensions()} | {".gif", ".webp", ".bmp", ".tif", ".tiff"}
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions)
+            if not inside:
+                raise ValueError(f"no pictures in {path}")
+            found += inside
+        else:
+            found.append(path)
+    return found

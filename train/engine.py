@@ -1,0 +1,272 @@
+"""mmengine's Runner with what it lacks: exact resume, atomic checkpoints, bf16 on any device, quiet logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from tqdm import tqdm
+from zoo.train.loading import derive_seed, seed_everything
+from zoo.train.schedules import learning_rate
+
+from zoo.extras import require
+
+require("mmengine", extra="train")
+
+from mmengine.dist import get_rank, is_main_process  # noqa: E402
+from mmengine.hooks import Hook  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
+from mmengine.model import is_model_wrapper  # noqa: E402
+from mmengine.optim import OptimWrapper  # noqa: E402
+from mmengine.runner import EpochBasedTrainLoop  # noqa: E402
+
+
+class ExactTrainLoop(EpochBasedTrainLoop):
+    """An epoch loop that continues at the very step where the checkpoint was taken.
+
+    mmengine begins the interrupted epoch again; here the sampler skips the batches that were already used,
+    and an evaluation that was due when the run died is made up for.
+    """
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch of one process."""
+        return len(self.dataloader)
+
+    def run(self) -> nn.Module:
+        """Train to the last epoch."""
+        self.runner.call_hook("before_train")
+        self._epoch, start = divmod(self._iter, self.steps_per_epoch)
+        if start == 0 and self._epoch > self.runner.message_hub.runtime_info.get("validated_epoch", 0):
+            self._validate()
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self._run_epoch(start)
+            start = 0
+            self._validate()
+        self.runner.call_hook("after_train")
+        return self.runner.model
+
+    def _run_epoch(self, start: int) -> None:
+        self.dataloader.sampler.set_epoch(self._epoch, start)
+        self.runner.call_hook("before_train_epoch")
+        self.runner.model.train()
+        for offset, batch in enumerate(self.dataloader):
+            self.run_iter(start + offset, batch)
+            if start + offset + 1 == self.steps_per_epoch:
+                break
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+
+    def _validate(self) -> None:
+        due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
+        if self.runner.val_loop is not None and due:
+            self.runner.val_loop.run()
+        self.runner.message_hub.update_info("validated_epoch", self._epoch)
+
+
+class AutocastOptimWrapper(OptimWrapper):
+    """bfloat16 autocast on any device; needs no loss scaling. (mmengine's wrapper refuses CPUs.)"""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module):
+        """Forward pass under autocast, gradients synchronised as in the base class."""
+        device = next(model.parameters()).device.type
+        with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
+            yield
+
+
+def build_optimizer(recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimiser for a recipe, with its rules for weight decay and layer-wise learning rates."""
+    options = {}
+    if recipe.betas is not None:
+        options["betas"] = tuple(recipe.betas)
+    if recipe.eps is not None:
+        options["eps"] = recipe.eps
+    optimizer = create_optimizer_v2(
+        model,
+        opt=recipe.optimizer,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        layer_decay=recipe.layer_decay,
+        **options,
+    )
+    return optimizer
+
+
+def build_optim_wrapper(recipe, optimizer: torch.optim.Optimizer, device: str) -> OptimWrapper:
+    """mmengine's wrapper for the recipe's precision, accumulation and clipping.
+
+    Raises:
+        ValueError: fp16 on a device that has no loss scaling.
+    """
+    options = dict(
+        optimizer=optimizer,
+        accumulative_counts=recipe.accumulate,
+        clip_grad=dict(max_norm=recipe.clip_grad) if recipe.clip_grad else None,
+    )
+    if recipe.precision == "bf16":
+        return AutocastOptimWrapper(**options)
+    if recipe.precision == "fp16":
+        if not device.startswith("cuda"):
+            raise ValueError(f"precision fp16 needs a CUDA device, this run is on {device}: use bf16")
+        from mmengine.optim import AmpOptimWrapper
+
+        return AmpOptimWrapper(dtype="float16", **options)
+    return OptimWrapper(**options)
+
+
+class StepSeedHook(Hook):
+    """Seeds every random draw of a step (mixup, dropout, drop path) with the step's number and the rank."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Seed the step."""
+        seed_everything(derive_seed(self.seed, runner.iter, get_rank()))
+
+
+class LearningRateHook(Hook):
+    """Sets the learning rate of every group from the recipe's schedule; layer-wise factors stay."""
+
+    priority = "HIGH"
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Set the rate of the coming step."""
+        rate = learning_rate(self.recipe, runner.iter / runner.train_loop.steps_per_epoch)
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+class BestWeightsHook(Hook):
+    """Keeps the weights of the best evaluation. Runs before the EMA hook swaps the trained weights back."""
+
+    priority = "HIGH"
+
+    def __init__(self, metric: str, save):
+        self.metric = metric
+        self.save = save
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        """Save if this is the best score so far."""
+        score = metrics[self.metric]
+        best = runner.message_hub.runtime_info.get("best_score")
+        if best is None or score > best:
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            if is_main_process():
+                self.save(model.model, {k: round(float(v), 4) for k, v in metrics.items()}, runner.epoch)
+            runner.message_hub.update_info("best_score", float(score))
+            runner.message_hub.update_info("best_epoch", runner.epoch)
+
+
+class ProgressHook(Hook):
+    """A progress bar, a line an epoch, and `history.jsonl` with what the curves are drawn from."""
+
+    priority = "LOW"
+
+    def __init__(self, folder: Path, batch_size: int, metric: str, quiet: bool = False):
+        self.path = Path(folder) / "history.jsonl"
+        self.batch_size = batch_size
+        self.metric = metric
+        self.quiet = quiet
+        self.bar = None
+
+    def before_train(self, runner) -> None:
+        """Drop the lines of epochs that a resumed run will repeat."""
+        if not is_main_process():
+            return
+        kept = []
+        if self.path.is_file():
+            done = runner.iter // runner.train_loop.steps_per_epoch
+            kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) <= done]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        if not self.quiet:
+            total, start = runner.max_iters, runner.iter
+            self.bar = tqdm(total=total, initial=start, unit="step", disable=None, leave=False, dynamic_ncols=True)
+
+    def before_train_epoch(self, runner) -> None:
+        """Start the clock."""
+        self.losses, self.start = [], time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Advance the bar."""
+        self.losses.append(float(outputs["loss"]))
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"epoch {runner.epoch + 1}/{runner.max_epochs} loss {self.losses[-1]:.3f}")
+            self.bar.update()
+
+    def after_train_epoch(self, runner) -> None:
+        """Record the epoch."""
+        seconds = time.perf_counter() - self.start
+        self._write(
+            {
+                "epoch": runner.epoch + 1,
+                "loss": sum(self.losses) / max(1, len(self.losses)),
+                "lr": max(g["lr"] for g in runner.optim_wrapper.optimizer.param_groups),
+                "images_per_second": len(self.losses) * self.batch_size / seconds,
+            }
+        )
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        """Record the evaluation and print a line."""
+        scores = {k: float(v) for k, v in metrics.items()}
+        self._write({"epoch": runner.epoch, **scores})
+        if is_main_process() and not self.quiet:
+            loss = f"loss {sum(self.losses) / len(self.losses):.3f}  " if getattr(self, "losses", None) else ""
+            shown = "  ".join(f"{name} {value:.1f}" for name, value in scores.items())
+            tqdm.write(f"epoch {runner.epoch:>3}/{runner.max_epochs}  {loss}{shown}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def after_train(self, runner) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _write(self, record: dict) -> None:
+        if is_main_process():
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _epoch_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize  # a line that a killed run wrote half
+
+
+def quiet_logger(name: str, folder: Path) -> MMLogger:
+    """mmengine's logger with its long reports in a file and only warnings on the console."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logger = MMLogger.get_instance(name, log_file=str(folder / "log.txt"), log_level="INFO", file_mode="a")
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setLevel(logging.ERROR)
+    return logger
+
+
+def pick_device(requested: str | None) -> str:
+    """The device to train on.
+
+    Raises:
+        ValueError: the requested one is not there.
+    """
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if requested is None:
+        return best
+    if requested.split(":")[0] not in ("cpu", best):
+        raise ValueError(f"device is {requested!r}, this machine has {best}")
+    return requested

@@ -1,0 +1,221 @@
+"""A recipe: every setting of a training run in one frozen dataclass, printed, saved and reproducible.
+
+There is no inheritance between recipe files and no hidden default: a preset is a function that returns a
+`ClassificationRecipe`, and what a run used is written to `recipe.json` in its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Schedule = Literal["cosine", "constant", "min_cosine", "step"]
+Precision = Literal["float32", "bf16", "fp16"]
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe:
+    """Image classification, single-label or multi-label. `zoo train` has one flag for each field."""
+
+    # --- model -----------------------------------------------------------------------------------------
+    model: str = _option("poolformerv1_s12", "name of a registered model (zoo's or any of timm's)")
+    model_args: dict[str, Any] = _option({}, "further arguments of the model's constructor, as JSON")
+    pretrained: bool = _option(False, "start from the released weights of the model")
+    checkpoint: str | None = _option(None, "start from this file (any layout; another class count is fine)")
+    drop_path: float = _option(0.0, "stochastic depth rate of the last block")
+    drop_rate: float = _option(0.0, "dropout before the classifier")
+    head_dropout: float = _option(0.0, "dropout inside the MLP head of ConvFormer and CAFormer")
+    # --- data ------------------------------------------------------------------------------------------
+    data: str = _option("", "folder: train/ and val/ of class folders, one folder of class folders, or a labels.csv")
+    val_fraction: float = _option(0.2, "part held out, stratified, where the data has no val/ of its own")
+    on_bad: Literal["error", "skip"] = _option("error", "unreadable images: stop and name them, or leave out and list")
+    workers: int = _option(2, "data loading processes of each training process")
+    # --- input -----------------------------------------------------------------------------------------
+    img_size: int | None = _option(None, "training size in pixels; the model's own by default")
+    eval_size: int | None = _option(None, "evaluation size; the training size by default")
+    crop_pct: float | None = _option(None, "part of the resized image that the evaluation crop covers")
+    interpolation: str | None = _option(None, "bilinear, bicubic or random (training); the model's own by default")
+    scale: tuple[float, float] = _option((0.08, 1.0), "area range of the random crop")
+    ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "aspect range of the random crop")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    vflip: float = _option(0.0, "probability of a vertical flip")
+    color_jitter: float | None = _option(0.4, "colour jitter; off while rand_augment is on, as in timm")
+    rand_augment: str | None = _option(None, "timm policy such as rand-m9-mstd0.5-inc1")
+    random_erasing: float = _option(0.0, "probability of erasing a rectangle (pixel noise)")
+    # --- objective -------------------------------------------------------------------------------------
+    label_smoothing: float = _option(0.0, "label smoothing of the cross entropy")
+    mixup: float = _option(0.0, "mixup alpha, 0 for none")
+    cutmix: float = _option(0.0, "CutMix alpha, 0 for none")
+    mixup_prob: float = _option(1.0, "probability that a batch is mixed")
+    mixup_switch_prob: float = _option(0.5, "probability of CutMix where both are on")
+    teacher: str | None = _option(None, "distil from this zoo weight file (any model trained on the same classes)")
+    distill_weight: float = _option(0.7, "weight of the teacher's soft labels against the true labels")
+    distill_temperature: float = _option(2.0, "temperature of the soft labels")
+    # --- optimisation ----------------------------------------------------------------------------------
+    epochs: int = _option(30, "passes over the training set, warm-up included, cool-down not")
+    cooldown_epochs: int = _option(0, "further epochs at the final learning rate")
+    batch_size: int = _option(32, "images of one optimiser step, over all processes")
+    accumulate: int = _option(1, "split a batch into this many forward passes to save memory")
+    optimizer: str = _option("adamw", "timm optimiser: adamw, lamb, lion, sgd, ...")
+    lr: float = _option(5e-4, "peak learning rate at this batch size")
+    betas: tuple[float, float] | None = _option(None, "momentum terms; the optimiser's own by default")
+    eps: float | None = _option(None, "epsilon of the optimiser; its own by default")
+    momentum: float = _option(0.9, "momentum of SGD")
+    weight_decay: float = _option(0.05, "decoupled weight decay; biases, norms and scales are exempt")
+    layer_decay: float | None = _option(None, "factor of the learning rate from one layer to the one below it")
+    schedule: Schedule = _option(
+        "cosine", "cosine; constant; min_cosine (CRATE's: the lower of warm-up and cosine); step"
+    )
+    warmup_epochs: float = _option(5.0, "epochs of linear warm-up")
+    warmup_lr: float = _option(1e-6, "learning rate at the first step of the warm-up")
+    min_lr: float = _option(1e-5, "learning rate at the end of the cosine")
+    lr_update: Literal["step", "epoch"] = _option("step", "follow the schedule at each step, or hold it over an epoch")
+    clip_grad: float | None = _option(None, "clip the global gradient norm to this value")
+    ema_decay: float | None = _option(None, "evaluate and save an exponential moving average with this decay")
+    freeze_backbone: bool = _option(False, "train the classifier only (linear probe)")
+    # --- machine ---------------------------------------------------------------------------------------
+    precision: Precision = _option("float32", "float32, bf16 (any device) or fp16 (CUDA)")
+    device: str | None = _option(None, "cpu, cuda, mps; the best one found by default")
+    channels_last: bool = _option(False, "NHWC memory format")
+    compile: bool = _option(False, "torch.compile the model")
+    grad_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
+    deterministic: bool = _option(False, "CUDA: deterministic algorithms only (slower); a CPU always is")
+    seed: int = _option(42, "seed of everything random; same seed, same machine, same weights")
+    # --- output ----------------------------------------------------------------------------------------
+    out: str = _option("runs/train", "folder of this run")
+    checkpoint_interval: int | None = _option(None, "steps between checkpoints; once an epoch by default")
+    keep_checkpoints: int = _option(2, "how many checkpoints stay")
+    val_interval: int = _option(1, "epochs between evaluations")
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every value that can be wrong on its own.
+
+        Raises:
+            ValueError: one sentence with the field, its value and what is allowed.
+        """
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if typing.get_origin(hints[f.name]) is Literal and value not in typing.get_args(hints[f.name]):
+                choices = ", ".join(map(str, typing.get_args(hints[f.name])))
+                raise ValueError(f"{f.name} is {value!r}, expected one of {choices}")
+        _check(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _check(self.accumulate >= 1, "accumulate", self.accumulate, "at least 1")
+        _check(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            self.accumulate,
+            f"a divisor of batch_size ({self.batch_size})",
+        )
+        _check(self.lr > 0, "lr", self.lr, "above 0")
+        _check(self.workers >= 0, "workers", self.workers, "0 or more")
+        _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        for name in (
+            "drop_path",
+            "drop_rate",
+            "head_dropout",
+            "hflip",
+            "vflip",
+            "random_erasing",
+            "label_smoothing",
+            "distill_weight",
+        ):
+            _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
+        _check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1")
+        _check(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        _check(
+            not (self.pretrained and self.checkpoint),
+            "checkpoint",
+            self.checkpoint,
+            "unset while pretrained is on: a model starts from one set of weights",
+        )
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run, cool-down included."""
+        return self.epochs + self.cooldown_epochs
+
+    def replace(self, **changes: Any) -> ClassificationRecipe:
+        """A copy with other values."""
+        unknown = changes.keys() - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise ValueError(f"a recipe has no field {', '.join(sorted(unknown))}")
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """All fields, as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ClassificationRecipe:
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            ValueError: an unknown field or a wrong value.
+        """
+        values = json.loads(text)
+        hints = typing.get_type_hints(cls)
+        unknown = values.keys() - hints.keys()
+        if unknown:
+            raise ValueError(f"a recipe has no field {', '.join(sorted(unknown))}")
+        return cls(**{name: convert(hints[name], value) for name, value in values.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClassificationRecipe:
+        """Read `recipe.json`."""
+        return cls.from_json(Path(path).read_text())
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """A JSON value or a command-line string as the type of a recipe's field.
+
+    Raises:
+        ValueError: it cannot be read as that type.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return convert(next(a for a in arguments if a is not type(None)), value)
+    if origin is Literal:
+        return value
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        if len(parts) != len(arguments):
+            raise ValueError(f"expected {len(arguments)} values separated by commas, got {value!r}")
+        return tuple(convert(a, p) for a, p in zip(arguments, parts))
+    if origin is dict or hint is dict:
+        result = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(result, dict):
+            raise ValueError(f"expected a JSON object, got {value!r}")
+        return result
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "1", "on"):
+            return True
+        if str(value).lower() in ("false", "no", "0", "off"):
+            return False
+        raise ValueError(f"expected true or false, got {value!r}")
+    return hint(value)
+
+
+def _check(good: bool, name: str, value: Any, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")

@@ -1,0 +1,58 @@
+"""Learning-rate schedules as pure functions of the progress, in epochs: nothing to save, nothing to resume.
+
+Each returns the learning rate itself; a layer's own factor (layer-wise decay) multiplies it afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def warmup_cosine(
+    epoch: float,
+    *,
+    lr: float,
+    epochs: float,
+    warmup_epochs: float = 0.0,
+    warmup_lr: float = 0.0,
+    min_lr: float = 0.0,
+) -> float:
+    """Linear warm-up to `lr`, then the cosine to `min_lr` that runs over all `epochs` (timm's convention).
+
+    Args:
+        epoch: progress, fractions allowed; beyond `epochs` (cool-down) the value stays at `min_lr`.
+        lr: peak learning rate.
+        epochs: where the cosine ends.
+        warmup_epochs: length of the warm-up.
+        warmup_lr: value at epoch 0.
+        min_lr: value at the end.
+    """
+    if epoch < warmup_epochs:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
+    if epoch >= epochs:
+        return min_lr
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def crate_multiplier(epoch: int, epochs: int, warmup_epochs: int = 20) -> float:
+    """CRATE's factor for a whole epoch: the lower of a linear warm-up and a cosine over all epochs.
+
+    As in the official code: min((e + 1) / (warmup + 1e-8), (1 + cos(pi e / E)) / 2); the peak stays below 1.
+    """
+    return min((epoch + 1) / (warmup_epochs + 1e-8), (1 + math.cos(math.pi * epoch / epochs)) / 2)
+
+
+def learning_rate(recipe, epoch: float) -> float:
+    """The learning rate of a `ClassificationRecipe` after `epoch` epochs of progress (fractions allowed)."""
+    if recipe.lr_update == "epoch":
+        epoch = float(int(epoch))
+    warmup = dict(warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.warmup_lr)
+    if recipe.schedule == "min_cosine":
+        return recipe.lr * crate_multiplier(int(epoch), recipe.epochs, int(recipe.warmup_epochs))
+    if recipe.schedule == "cosine":
+        return warmup_cosine(epoch, lr=recipe.lr, epochs=recipe.epochs, min_lr=recipe.min_lr, **warmup)
+    if epoch < recipe.warmup_epochs:
+        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * epoch / recipe.warmup_epochs
+    if recipe.schedule == "step":
+        return recipe.lr * 0.1 ** sum(epoch >= part * recipe.epochs for part in (2 / 3, 11 / 12))
+    return recipe.lr

@@ -1,0 +1,121 @@
+"""zoo's own weight files: safetensors with everything that is needed to rebuild the model beside the tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from zoo.checkpoint import CheckpointError, load_checkpoint
+
+_METADATA_KEY = "zoo"
+
+
+def save_model(
+    model: nn.Module,
+    path: str | PathLike,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    class_names: list[str] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **metadata: Any,
+) -> Path:
+    """Write the weights of a timm or zoo model to a safetensors file that `load_model` can rebuild it from.
+
+    The file appears under its name only when it is complete: it is written beside it, synced and renamed.
+
+    Args:
+        model: a model that `timm.create_model` built.
+        path: file to write.
+        model_args: keyword arguments that the model was created with, besides `num_classes` and `in_chans`.
+        class_names: what the outputs stand for, in order.
+        state_dict: other weights for the same model (averaged ones, say); the model's own by default.
+        metadata: anything else of JSON type, such as the task or the metrics.
+    """
+    path = Path(path)
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    described = {
+        "model": cfg.get("architecture"),
+        "num_classes": getattr(model, "num_classes", None),
+        "in_chans": getattr(model, "in_chans", 3),
+        "model_args": dict(model_args or {}),
+        "class_names": class_names,
+        "input": {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct") if k in cfg},
+        **metadata,
+    }
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in (state_dict or model.state_dict()).items()
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(described)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_metadata(path: str | PathLike) -> dict[str, Any]:
+    """What `save_model` wrote beside the weights; an empty dict for other safetensors files.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not a readable safetensors file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    return json.loads(text) if text else {}
+
+
+def load_model(path: str | PathLike, **overrides: Any) -> nn.Module:
+    """Rebuild a model from a file that zoo wrote, in eval mode, with its class names as `model.class_names`.
+
+    Args:
+        path: a `.safetensors` file written by `zoo train` or `save_model`.
+        overrides: arguments for `timm.create_model` that replace the recorded ones.
+
+    Raises:
+        CheckpointError: the file does not say which model it belongs to.
+    """
+    if Path(path).suffix != ".safetensors" and Path(path).is_file():
+        raise CheckpointError(
+            f"{path} does not say which model it belongs to: create the model and call zoo.load_checkpoint(model, path)"
+        )
+    described = read_metadata(path)
+    if not described.get("model"):
+        raise CheckpointError(
+            f"{path} was not written by zoo and does not say which model it belongs to: "
+            "create the model and call zoo.load_checkpoint(model, path)"
+        )
+    arguments = {
+        "num_classes": described["num_classes"],
+        "in_chans": described["in_chans"],
+        **described["model_args"],
+        **overrides,
+    }
+    model = timm.create_model(described["model"], **arguments)
+    recorded = described.get("input") or {}
+    model.pretrained_cfg = {**model.pretrained_cfg, **{k: v for k, v in recorded.items() if v is not None}}
+    model.default_cfg = model.pretrained_cfg
+    with torch.no_grad():
+        load_checkpoint(model, path)
+    model.class_names = described.get("class_names")
+    model.zoo_metadata = described
+    return model.eval()
