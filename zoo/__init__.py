@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo import crate, metaformer  # importing a family registers its models
+from zoo import crate, crate_mae, metaformer  # importing a family registers its models
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from zoo.folding import fold
 from zoo.registry import list_models
@@ -34,6 +34,7 @@ __all__ = [
     "LoadReport",
     "Prediction",
     "crate",
+    "crate_mae",
     "fold",
     "list_models",
     "load_checkpoint",
