@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo import crate, crate_mae, metaformer  # importing a family registers its models
+from zoo import crate, crate_mae, fcaformer, metaformer  # importing a family registers its models
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from zoo.folding import fold
 from zoo.registry import list_models
@@ -35,6 +35,7 @@ __all__ = [
     "Prediction",
     "crate",
     "crate_mae",
+    "fcaformer",
     "fold",
     "list_models",
     "load_checkpoint",
