@@ -22,9 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-ImageSource = (
-    str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray | torch.Tensor
-)
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray | torch.Tensor
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> what to do to the stored picture
@@ -70,10 +68,12 @@ def read_image(source: ImageSource) -> Image.Image:
 
     Args:
         source: a path; the bytes of a file or a binary file object; a `PIL.Image`; an array (H, W) or
-            (H, W, 1 | 3 | 4) or a tensor (1 | 3 | 4, H, W) or (H, W), of uint8, uint16, bool, or floats in 0..1.
+            (H, W, 1 | 3 | 4) or a tensor (1 | 3 | 4, H, W) or (H, W), of uint8, uint16, bool, or floats
+            in 0..1.
 
-    Conventions: the EXIF orientation is applied; alpha is dropped as `convert("RGB")` drops it; 16-bit grey is
-    divided by 257; of an animation or a multi-page file the first frame counts; the file's extension does not.
+    Conventions: the EXIF orientation is applied; alpha is dropped as `convert("RGB")` drops it; 16-bit grey
+    is divided by 257; of an animation or a multi-page file the first frame counts; the file's extension
+    does not count.
 
     Raises:
         ImageNotFoundError: no such file (an `ImageError` and a `FileNotFoundError`).
@@ -133,11 +133,23 @@ def open_encoded(
     return image, name
 
 
-def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "picture", *, owned: bool = False) -> Image.Image:
     """`image` decoded in full, as a new upright RGB picture without metadata.
+
+    With `owned` the caller gives `image` up: where nothing has to be changed it is returned itself, not a copy.
 
     Raises:
         ImageError: it is truncated or damaged, or its mode has no defined conversion to RGB.
+    """
+    rgb = decode_rgb(image, name, owned=owned)
+    return upright(rgb, read_orientation(image))  # some formats hold their EXIF block behind the pixels
+
+
+def decode_rgb(image: Image.Image, name: str = "picture", *, owned: bool = False) -> Image.Image:
+    """`image` decoded in full, in RGB, turned as it is stored; `owned` as in `to_rgb`.
+
+    Raises:
+        ImageError: as `to_rgb`.
     """
     try:
         with _strict_decoding():
@@ -146,20 +158,15 @@ def to_rgb(image: Image.Image, name: str = "picture") -> Image.Image:
         reason = _one_line(error)
         state = "truncated" if "truncated" in reason.lower() else "damaged"
         hint = "" if state == "truncated" else f" ({reason})"
-        raise ImageError(
-            f"{name} is {state}: it ends or breaks before its last pixel{hint}; copy it again"
-        ) from error
-    orientation = read_orientation(image)
+        raise ImageError(f"{name} is {state}: it ends or breaks before its last pixel{hint}; copy it again") from error
+    if owned and image.mode == "RGB":
+        return image
     try:
         rgb = _convert(image, name)
     except ImageError:
         raise
     except _DECODE_ERRORS as error:
-        raise ImageError(
-            f"{name} has mode {image.mode}, which has no conversion to RGB: {_one_line(error)}"
-        ) from error
-    if orientation in _TRANSPOSE:
-        rgb = rgb.transpose(_TRANSPOSE[orientation])
+        raise ImageError(f"{name} has mode {image.mode}, which has no conversion to RGB: {_one_line(error)}") from error
     rgb.info = {}
     return rgb
 
@@ -174,7 +181,7 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """`image` as stored, turned by its EXIF orientation 1..8."""
+    """A picture as stored, turned by its EXIF orientation 1..8; the same object if that is 1."""
     return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
@@ -209,9 +216,7 @@ def _from_tensor(tensor: torch.Tensor) -> Image.Image:
         raise ImageError(f"tensor of shape {shape} is a batch: pass its pictures one by one, or list(tensor)")
     if tensor.ndim not in (2, 3) or (tensor.ndim == 3 and shape[0] not in (1, 3, 4)):
         hint = "; call .permute(2, 0, 1)" if tensor.ndim == 3 and shape[2] in (1, 3, 4) else ""
-        raise ImageError(
-            f"tensor of shape {shape} is not a picture: expected (3, H, W), (1, H, W) or (H, W){hint}"
-        )
+        raise ImageError(f"tensor of shape {shape} is not a picture: expected (3, H, W), (1, H, W) or (H, W){hint}")
     tensor = tensor.detach().cpu()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
@@ -239,14 +244,14 @@ def _from_array(values: np.ndarray, name: str, shape: tuple[int, ...] | None = N
         low, high = float(values.min()), float(values.max())
         if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):  # also false for NaN
             raise ImageError(
-                f"{name} has floats from {low:.4g} to {high:.4g}, expected 0..1: divide 8-bit values by 255 or "
-                "undo the normalisation"
+                f"{name} has floats from {low:.4g} to {high:.4g}, expected 0..1: divide 8-bit values by 255 "
+                "or undo the normalisation"
             )
         values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
     elif values.dtype != np.uint8:
         raise ImageError(
-            f"{name} has type {values.dtype}, expected uint8 (0..255), uint16 (0..65535), bool or floats in 0..1: "
-            "convert it, for example with .astype('uint8')"
+            f"{name} has type {values.dtype}, expected uint8 (0..255), uint16 (0..65535), bool or floats in "
+            "0..1: convert it, for example with .astype('uint8')"
         )
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
@@ -264,14 +269,10 @@ def _read_bytes(source: Any, name: str) -> bytes:
             hint = "download it first, addresses are not opened" if web else "check the path"
             raise ImageNotFoundError(f"no picture at {name}: {hint}") from error
         except IsADirectoryError as error:
-            raise ImageError(
-                f"{name} is a folder: pass one picture, or a list of the pictures in it"
-            ) from error
+            raise ImageError(f"{name} is a folder: pass one picture, or a list of the pictures in it") from error
         except (OSError, ValueError) as error:
             if Path(name).is_dir():  # how Windows says it
-                raise ImageError(
-                    f"{name} is a folder: pass one picture, or a list of the pictures in it"
-                ) from error
+                raise ImageError(f"{name} is a folder: pass one picture, or a list of the pictures in it") from error
             raise ImageError(f"{name} cannot be read: {_one_line(error)}") from error
     if hasattr(source, "read"):
         data = source.read()

@@ -1,0 +1,611 @@
+"""Classification data as people have them: class folders, ImageNet's folders, CSV lists.
+
+    train = open_classification("photos", "train")
+    val = open_classification("photos", "val")
+    print(check_dataset(train, val=val))
+    image, target = train[0]
+
+Folders: `root/train/<class>/...` with `root/val/<class>/...`, or `root/<class>/...`, of which a part is held
+out, always the same one. Folders named by WordNet ids are ImageNet's classes and keep ImageNet's indices, so
+that a subset of them scores correctly. CSV: `labels.csv` with a column `image` and either a column `label`
+(one class), a column `labels` (several, separated by `|`), or one 0/1 column for each class.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import functools
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zoo.images import read_image
+from zoo.train.data.checks import DataReport, check_dataset
+from zoo.train.data.errors import BadFile, DataError, DataNotFoundError
+from zoo.train.data.transforms import TrainTransform, build_transforms
+
+__all__ = [
+    "ClassificationData",
+    "DataError",
+    "DataReport",
+    "TrainTransform",
+    "build_transforms",
+    "check_dataset",
+    "open_classification",
+]
+
+Kind = Literal["auto", "folder", "imagenet", "csv"]
+Transform = Callable[[Image.Image], Any]
+
+# fmt: off
+IMAGE_EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp",
+    ".avif", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".heic", ".heif",
+})
+# fmt: on
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
+_WNID = re.compile(r"n\d{8}")
+# what people call the folder of a split; the first that exists is taken
+_SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "testing"),
+    "test": ("test", "testing"),
+}
+_IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name", "image_id", "img", "id")
+_LABEL_COLUMNS = ("label", "class", "target", "class_name")
+_SPLIT_COLUMNS = ("split", "subset", "fold")
+
+
+class ClassificationData(Dataset):
+    """Pictures and their classes. Small to pickle and to share between worker processes at any size.
+
+    Attributes:
+        paths: one path (str) a picture.
+        targets: class indices, int64 (N,), or with `multilabel` uint8 (N, classes).
+        classes: names of the classes, index by index.
+        keys: the classes as the data name them, where that is not their name (ImageNet: WordNet ids).
+        multilabel: a picture may have any number of classes.
+        transform: picture -> what a model takes; None gives the upright RGB `PIL.Image`. One with a method
+            `from_file(path)` is given the path instead, so that it can decode cheaply.
+        split, root: where the data come from.
+        left_out: files in the folders that are not used, with the reason (hidden, not pictures, ...).
+        skipped: pictures removed by `drop`, with the reason.
+        notes: sentences about how the layout was understood.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Sequence[int] | np.ndarray,
+        classes: Sequence[str],
+        *,
+        multilabel: bool = False,
+        keys: Sequence[str] | None = None,
+        transform: Transform | None = None,
+        split: str = "train",
+        root: str | os.PathLike = "",
+        left_out: Sequence[BadFile] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.paths = PathList(paths)
+        self.targets = np.asarray(targets, dtype=np.uint8 if multilabel else np.int64)
+        self.classes = list(classes)
+        self.keys = list(keys) if keys is not None else list(classes)
+        self.multilabel = multilabel
+        self.transform = transform
+        self.split = split
+        self.root = os.fspath(root)
+        self.left_out = list(left_out)
+        self.skipped: list[BadFile] = []
+        self.notes = list(notes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int | Tensor]:
+        """The picture, transformed if there is a transform, and its target: an int, or float32 (classes,).
+
+        Raises:
+            ImageError: the picture cannot be read; the message names the file.
+        """
+        path = self.paths[index]
+        if self.transform is None:
+            picture = read_image(path)
+        elif hasattr(self.transform, "from_file"):
+            picture = self.transform.from_file(path)
+        else:
+            picture = self.transform(read_image(path))
+        return picture, self.target(index)
+
+    def target(self, index: int) -> int | Tensor:
+        """The target of one picture, without reading it."""
+        row = self.targets[index]
+        return torch.from_numpy(row.astype(np.float32)) if self.multilabel else int(row)
+
+    def class_counts(self) -> np.ndarray:
+        """Pictures of each class, int64 (classes,)."""
+        if self.multilabel:
+            return self.targets.sum(0, dtype=np.int64).reshape(len(self.classes))
+        return np.bincount(self.targets, minlength=len(self.classes))
+
+    def select(self, indices: Iterable[int]) -> ClassificationData:
+        """The same data with these pictures only, in this order."""
+        chosen = np.fromiter(indices, dtype=np.int64)
+        other = copy.copy(self)
+        other.paths = PathList([self.paths[i] for i in chosen])
+        other.targets = self.targets[chosen]
+        other.skipped = list(self.skipped)
+        return other
+
+    def drop(self, reasons: Mapping[int, BadFile]) -> None:
+        """Remove pictures by index, in place, and remember them in `skipped`."""
+        kept = self.select(i for i in range(len(self)) if i not in reasons)
+        self.paths, self.targets = kept.paths, kept.targets
+        self.skipped += [reasons[index] for index in sorted(reasons)]
+
+    def __repr__(self) -> str:
+        kind = "multi-label, " if self.multilabel else ""
+        return f"ClassificationData({self.root}, {self.split}: {len(self)} pictures, {kind}{len(self.classes)} classes)"
+
+
+class PathList(Sequence):
+    """Paths in one buffer: a list of a million strings is copied into every worker as its counts are touched."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._buffer = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        start = self._ends[position - 1] if position else 0
+        return os.fsdecode(self._buffer[start : self._ends[position]].tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"PathList({len(self)} paths)"
+
+
+def open_classification(
+    root: str | os.PathLike,
+    split: str = "train",
+    *,
+    kind: Kind = "auto",
+    classes: Sequence[str] | None = None,
+    transform: Transform | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+) -> ClassificationData:
+    """One split of a classification data set, its layout recognised from what is there.
+
+    Args:
+        root: a folder (see the module's docstring), or a CSV file.
+        split: "train", "val" ("valid", "validation" and, for want of these, "test" are found too), "test", or
+            the name of any folder or entry of a CSV's `split` column.
+        kind: "folder" (own numbering), "imagenet" (WordNet ids, indices 0..999), "csv"; "auto" takes a
+            `labels.csv` or `<split>.csv` where there is one, else folders, as ImageNet's where all folder
+            names are WordNet ids of ImageNet-1k.
+        classes: class names in the model's order, for data that have fewer or are to keep a checkpoint's
+            order. Default: those of the training split in natural order ("2" before "10"), ImageNet's 1000
+            for "imagenet".
+        transform: see `ClassificationData.transform`.
+        val_fraction: part of each class held out as "val" where the data have no split of their own.
+        seed: which part; the choice depends on this and the files' names only.
+
+    Raises:
+        DataNotFoundError: there is no such folder, file or split (a `DataError` and a `FileNotFoundError`).
+        DataError: no pictures, no classes, an unknown class, a malformed CSV.
+    """
+    root = Path(root)
+    if kind not in ("auto", "folder", "imagenet", "csv"):
+        raise DataError(f"kind is {kind!r}, expected auto, folder, imagenet or csv")
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction is {val_fraction}, expected a share of at least 0 and below 1")
+    if not root.exists():
+        raise DataNotFoundError(f"no data set at {root}: check the path")
+    if root.is_file() and root.suffix.lower() not in (".csv", ".tsv"):
+        raise DataError(f"{root} is a file: pass a folder of class folders or a CSV (unpack archives first)")
+    listing = _find_csv(root, split) if kind in ("auto", "csv") else None
+    if listing is not None:
+        data = _open_csv(listing, split, classes, val_fraction, seed)
+    elif kind == "csv":
+        raise DataNotFoundError(f"no labels.csv or {split}.csv in {root}")
+    else:
+        data = _open_folders(root, split, kind, classes, val_fraction, seed)
+    data.root, data.split, data.transform = os.fspath(root), split, transform
+    if len(data) == 0:
+        raise DataError(f"no pictures for the split {split!r} in {root}" + _left_out_hint(data.left_out))
+    return data
+
+
+# Folders
+
+
+def _open_folders(
+    root: Path, split: str, kind: Kind, classes: Sequence[str] | None, val_fraction: float, seed: int
+) -> ClassificationData:
+    base, own_split, notes = _split_folder(root, split)
+    names = _class_folders(base)
+    if not names:
+        raise DataError(_no_class_folders(base))
+    train = _find_split(root, "train")
+    known = _class_folders(train) if own_split and split != "train" and train is not None else names
+    keys, shown = _number_classes(base, sorted({*names, *known}, key=natural_key), kind, classes, known)
+    index_of = {key: index for index, key in enumerate(keys)}
+    paths: list[str] = []
+    targets: list[int] = []
+    left_out = [
+        BadFile(entry.path, "hidden" if _is_hidden(entry.name) else "not in a class folder")
+        for entry in sorted(os.scandir(base), key=lambda entry: natural_key(entry.name))
+        if _is_hidden(entry.name) or not entry.is_dir()
+    ]
+    relative: list[str] = []
+    for name in sorted(names, key=natural_key):
+        found, ignored = find_images(base / name)
+        left_out += ignored
+        paths += found
+        targets += [index_of[name]] * len(found)
+        relative += [Path(path).relative_to(base).as_posix() for path in found]
+    if not own_split:
+        keep = _held_out(relative, targets, val_fraction, seed) == (split == "val")
+        paths = [path for path, kept in zip(paths, keep, strict=True) if kept]
+        targets = [target for target, kept in zip(targets, keep, strict=True) if kept]
+    return ClassificationData(paths, targets, shown, keys=keys, left_out=left_out, notes=notes)
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, bool, list[str]]:
+    """Where the class folders of `split` are, whether all of them belong to it, and notes."""
+    found = _find_split(root, split)
+    train = _find_split(root, "train")
+    if found is not None:
+        aliases = _SPLIT_FOLDERS.get(split, ())
+        odd = split == "val" and found.name.lower() in ("test", "testing")
+        notes = [f"validation uses {found.name}/, there is no val/ in {root}"] if odd else []
+        if split == "train" and _find_split(root, "val") is None:
+            return found, False, [f"part of {found.name}/ is held out, there is no val/ in {root}"]
+        return found, True, notes if aliases or notes else []
+    if split == "val" and train is not None:
+        return train, False, [f"part of {train.name}/ is held out, there is no val/ in {root}"]
+    there = [name for other in _SPLIT_FOLDERS if (name := _find_split(root, other)) is not None]
+    if there or split not in ("train", "val"):
+        names = ", ".join(sorted({f"{folder.name}/" for folder in there})) or "class folders without splits"
+        raise DataNotFoundError(f"no split {split!r} in {root}, which has {names}")
+    return root, False, [f"{root} has no splits: a part of each class is held out for validation"]
+
+
+def _find_split(root: Path, split: str) -> Path | None:
+    """The folder of a split: it has the split's name and holds folders, not pictures (a class "train" does)."""
+    folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
+    for name in _SPLIT_FOLDERS.get(split, (split.lower(),)):
+        folder = folders.get(name)
+        if folder is not None and (_class_folders(folder) or not _has_images(folder)):
+            return folder
+    return None
+
+
+def _class_folders(base: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(base) if entry.is_dir() and not _is_hidden(entry.name)]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(_has_image_name(name) for name in os.listdir(folder))
+
+
+def _no_class_folders(base: Path) -> str:
+    names = os.listdir(base)
+    count = sum(map(_has_image_name, names))
+    if not count:
+        return f"{base} is empty: expected one folder a class, with its pictures"
+    if any(name.startswith("ILSVRC2012_val_") for name in names):
+        return f"{base} has {count} pictures and no class folders: sort ImageNet's validation set into its WordNet ids"
+    return f"{base} has {count} pictures and no class folders: put each into a folder of its class, or add a labels.csv"
+
+
+def _number_classes(
+    base: Path, names: list[str], kind: Kind, classes: Sequence[str] | None, known: list[str]
+) -> tuple[list[str], list[str]]:
+    """The folder name and the shown name of each class index."""
+    if classes is not None and set(names) <= set(classes):
+        return _unique(classes), list(classes)
+    wnids, descriptions = imagenet_classes()
+    foreign = [name for name in names if name not in wnids]
+    if kind == "imagenet" or (kind == "auto" and not foreign and all(_WNID.fullmatch(name) for name in names)):
+        if foreign:
+            raise DataError(
+                f"folder {foreign[0]!r} in {base} is no class of ImageNet-1k: expected WordNet ids such as {wnids[0]}"
+            )
+        if classes is not None and len(classes) != len(wnids):
+            raise DataError(
+                f"{len(classes)} class names for ImageNet's {len(wnids)} classes in {base}: pass its WordNet ids "
+                "in the model's order, or kind='folder'"
+            )
+        return list(wnids), list(classes or descriptions)
+    if classes is not None:
+        stranger = next(name for name in names if name not in set(classes))
+        raise DataError(f"folder {stranger!r} in {base} is none of the {len(classes)} classes: {_shorten(classes)}")
+    stranger = next((name for name in names if name not in set(known)), None)
+    if stranger is not None:
+        raise DataError(
+            f"folder {stranger!r} in {base} is not among the training classes ({_shorten(sorted(known))}): rename "
+            "or remove it"
+        )
+    return names, names
+
+
+@functools.cache
+def imagenet_classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The 1000 WordNet ids in ImageNet's order, and what they mean (two meanings occur twice: no keys)."""
+    info = ImageNetInfo("imagenet-1k")
+    return tuple(info.label_names()), tuple(info.label_descriptions())
+
+
+def find_images(folder: str | os.PathLike) -> tuple[list[str], list[BadFile]]:
+    """Pictures under a folder in natural order, links followed, and the files that are none, with the reason."""
+    found: list[str] = []
+    left_out: list[BadFile] = []
+    _walk(os.fspath(folder), found, left_out, frozenset())
+    return found, left_out
+
+
+def _walk(folder: str, found: list[str], left_out: list[BadFile], above: frozenset[str]) -> None:
+    real = os.path.realpath(folder)
+    if real in above:
+        left_out.append(BadFile(folder, "a link to a folder above it"))
+        return
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: natural_key(entry.name))
+    for entry in ordered:
+        if _is_hidden(entry.name):
+            left_out.append(BadFile(entry.path, "hidden"))
+        elif entry.is_dir():
+            _walk(entry.path, found, left_out, above | {real})
+        elif _has_image_name(entry.name):
+            found.append(entry.path)
+        else:
+            left_out.append(BadFile(entry.path, "not a picture by its name"))
+
+
+def natural_key(name: str) -> tuple:
+    """Sorts "img2" before "img10", and without regard to case first."""
+    parts = re.split(r"([0-9]+)", name.lower())
+    return ([int(part) if index % 2 else part for index, part in enumerate(parts)], name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _has_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not _is_hidden(name)
+
+
+def _held_out(names: Sequence[str], groups: Sequence[int], fraction: float, seed: int) -> np.ndarray:
+    """Which pictures are for validation: of each group the share `fraction`, by the hash of seed and name.
+
+    A group of one stays in training. The choice for a picture hardly changes when others are added.
+    """
+    rank = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(int(group), []).append(index)
+    held = np.zeros(len(names), dtype=bool)
+    for indices in members.values():
+        count = min(len(indices) - 1, max(1, round(fraction * len(indices)))) if fraction else 0
+        held[sorted(indices, key=lambda index: rank[index])[:count]] = True
+    return held
+
+
+# CSV
+
+
+def _find_csv(root: Path, split: str) -> Path | None:
+    if root.is_file():
+        return root
+    names = [*_SPLIT_FOLDERS.get(split, (split,))]
+    candidates = [f"{name}.csv" for name in names] + ["labels.csv"] + [f"{name}/labels.csv" for name in names]
+    return next((root / name for name in candidates if (root / name).is_file()), None)
+
+
+def _open_csv(
+    file: Path, split: str, classes: Sequence[str] | None, val_fraction: float, seed: int
+) -> ClassificationData:
+    table = _read_csv(file)
+    image_column = _column(table.header, _IMAGE_COLUMNS)
+    if image_column is None:
+        raise DataError(f"{file} has no column 'image'; its columns are: {', '.join(table.header)}")
+    split_column = _column(table.header, _SPLIT_COLUMNS)
+    label_column = _column(table.header, _LABEL_COLUMNS)
+    many_column = _column(table.header, ("labels", "classes", "tags"))
+    used = {image_column, split_column}
+    if many_column is not None:
+        labels = [[label.strip() for label in row[many_column].split("|") if label.strip()] for _, row in table.rows]
+        multilabel = True
+    elif label_column is not None:
+        labels = [[row[label_column].strip()] for _, row in table.rows]
+        empty = next((line for (line, _), (label,) in zip(table.rows, labels, strict=True) if not label), None)
+        if empty is not None:
+            raise DataError(f"{file} line {empty} has no label in the column {table.header[label_column]!r}")
+        multilabel = False
+    else:
+        own = [index for index in range(len(table.header)) if index not in used]
+        if not own:
+            raise DataError(f"{file} has no labels: add a column 'label', 'labels' (a|b), or one 0/1 column a class")
+        labels = [_flags(file, table.header, line, row, own) for line, row in table.rows]
+        multilabel = True
+        if classes is None:
+            classes = [table.header[index] for index in own]
+    if classes is None:
+        classes = _csv_classes(file, split, labels)
+    classes = _unique(classes)
+    index_of = {name: index for index, name in enumerate(classes)}
+    targets = np.zeros((len(labels), len(classes) if multilabel else 1), dtype=np.int64)
+    for position, ((line, _), own_labels) in enumerate(zip(table.rows, labels, strict=True)):
+        for label in own_labels:
+            if label not in index_of:
+                raise DataError(
+                    f"{file} line {line} has the label {label!r}, none of the {len(classes)} classes: "
+                    f"{_shorten(classes)}"
+                )
+            if multilabel:
+                targets[position, index_of[label]] = 1
+            else:
+                targets[position, 0] = index_of[label]
+    names = [row[image_column].strip() for _, row in table.rows]
+    _refuse_repeated(file, names, [line for line, _ in table.rows])
+    keep, notes = _csv_split(file, split, table, split_column, names, targets, multilabel, val_fraction, seed)
+    places = _image_folders(file, split)
+    paths = [_locate(places, name) for name, kept in zip(names, keep, strict=True) if kept]
+    targets = targets[keep] if multilabel else targets[keep, 0]
+    return ClassificationData(paths, targets, classes, multilabel=multilabel, notes=notes)
+
+
+class _Table:
+    """The header of a CSV and its rows with their line numbers."""
+
+    def __init__(self, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
+        self.header, self.rows = header, rows
+
+
+def _read_csv(file: Path) -> _Table:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    if len(rows) < 2:
+        raise DataError(f"{file} has no rows: expected a header and one row a picture")
+    header = [name.strip() for name in rows[0][1]]
+    double = next((name for name, count in Counter(header).items() if count > 1), None)
+    if double is not None:
+        raise DataError(f"{file} has two columns named {double!r}")
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise DataError(f"{file} line {line} has {len(row)} values for {len(header)} columns")
+    return _Table(header, rows[1:])
+
+
+def _column(header: list[str], names: Sequence[str]) -> int | None:
+    lowered = [name.lower() for name in header]
+    return next((lowered.index(name) for name in names if name in lowered), None)
+
+
+def _flags(file: Path, header: list[str], line: int, row: list[str], columns: list[int]) -> list[str]:
+    labels = []
+    for column in columns:
+        value = row[column].strip()
+        if value in ("1", "1.0"):
+            labels.append(header[column])
+        elif value not in ("0", "0.0"):
+            raise DataError(f"{file} line {line} has {value!r} in the class column {header[column]!r}, expected 0 or 1")
+    return labels
+
+
+def _csv_classes(file: Path, split: str, labels: list[list[str]]) -> list[str]:
+    """The labels that occur, those of the training list where `file` is another split's."""
+    names = {label for own in labels for label in own}
+    if file.stem.lower() in _SPLIT_FOLDERS.get(split, (split,)) and split != "train":
+        train = next((file.with_name(f"{name}.csv") for name in _SPLIT_FOLDERS["train"]), None)
+        if train is not None and train.is_file():
+            return open_classification(train, "train", val_fraction=0).classes
+    if not names:
+        raise DataError(f"{file} has no label in any row")
+    return sorted(names, key=natural_key)
+
+
+def _csv_split(
+    file: Path,
+    split: str,
+    table: _Table,
+    column: int | None,
+    names: list[str],
+    targets: np.ndarray,
+    multilabel: bool,
+    val_fraction: float,
+    seed: int,
+) -> tuple[np.ndarray, list[str]]:
+    """Which rows belong to the split: by the split column, the file's own name, or held out by hash."""
+    if column is not None:
+        values = [row[column].strip().lower() for _, row in table.rows]
+        for name in _SPLIT_FOLDERS.get(split, (split.lower(),)):
+            if name in values:
+                return np.array([value == name for value in values]), []
+        there = ", ".join(sorted(set(values)))
+        raise DataNotFoundError(f"no split {split!r} in {file}, whose column {table.header[column]!r} has {there}")
+    own_names = {name for aliases in _SPLIT_FOLDERS.values() for name in aliases} | {split.lower()}
+    others = [file.with_name(f"{name}.csv") for name in _SPLIT_FOLDERS["val"]]
+    in_folder = file.stem.lower() == "labels" and file.parent.name.lower() in own_names
+    if in_folder or (file.stem.lower() in own_names and (split != "train" or any(o.is_file() for o in others))):
+        return np.ones(len(names), dtype=bool), []
+    if split not in ("train", "val"):
+        raise DataNotFoundError(f"no split {split!r} in {file}: add a column 'split' or a file {split}.csv")
+    if multilabel:  # keep rare classes on both sides: a row counts for the rarest class that it has
+        counts = targets.sum(0)
+        groups = [min(row.nonzero()[0], key=lambda index: counts[index], default=-1) for row in targets]
+    else:
+        groups = targets[:, 0]
+    held = _held_out(names, groups, val_fraction, seed)
+    return held == (split == "val"), [f"part of {file.name} is held out for validation, it has no column 'split'"]
+
+
+def _refuse_repeated(file: Path, names: list[str], lines: list[int]) -> None:
+    first: dict[str, int] = {}
+    for name, line in zip(names, lines, strict=True):
+        if not name:
+            raise DataError(f"{file} line {line} names no picture")
+        if name in first:
+            raise DataError(f"{file} names {name} twice, in lines {first[name]} and {line}: keep one row a picture")
+        first[name] = line
+
+
+def _image_folders(file: Path, split: str) -> list[Path]:
+    base = file.parent
+    names = ["", "images", *_SPLIT_FOLDERS.get(split, (split,))]
+    return [folder for name in names if (folder := base / name).is_dir()]
+
+
+def _locate(folders: list[Path], name: str) -> str:
+    """The picture's path; in the CSV's own folder if it is nowhere, where reading it will say so."""
+    places = [folder / name for folder in folders]
+    return os.fspath(next((place for place in places if place.is_file()), places[0]))
+
+
+def _unique(classes: Sequence[str]) -> list[str]:
+    double = next((name for name, count in Counter(classes).items() if count > 1), None)
+    if double is not None:
+        raise DataError(f"the class {double!r} is listed twice: class names are keys and must differ")
+    return list(classes)
+
+
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f", and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def _left_out_hint(left_out: Sequence[BadFile]) -> str:
+    if not left_out:
+        return ""
+    return f"; {len(left_out)} files are none, such as {left_out[0].path} ({left_out[0].reason})"
