@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import (
@@ -364,10 +365,10 @@ def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine table needs a width that is a multiple of 4, got embed_dim={dim}")
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim / 4))
-    rows, columns = (torch.arange(n, dtype=torch.float64, device="cpu") for n in grid)
-    halves = []
-    for angle in (columns.repeat(grid[0]).outer(omega), rows.repeat_interleave(grid[1]).outer(omega)):
-        halves += [angle.sin(), angle.cos()]
-    table = torch.cat(halves, dim=1)
-    return torch.cat([torch.zeros(1, dim, dtype=table.dtype, device="cpu"), table]).unsqueeze(0).float()
+    # single precision, as the reference: computed in double and rounded, the last bit would differ
+    omega = np.arange(dim // 4, dtype=np.float32)
+    omega = 1.0 / 10000 ** (omega / np.float32(dim / 4))
+    rows, columns = (np.arange(n, dtype=np.float32) for n in grid)
+    angles = np.tile(columns, grid[0])[:, None] * omega, np.repeat(rows, grid[1])[:, None] * omega
+    table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(np.pad(table, ((1, 0), (0, 0)))).unsqueeze(0)
