@@ -4,12 +4,10 @@ Maps between blocks are channels-last, (B, H, W, C): the linear layers and norms
 depthwise convolutions through a permuted view, so that nothing is copied.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
-from typing import Final
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, register_notrace_function, trunc_normal_, use_fused_attn
 from timm.models import checkpoint, checkpoint_seq
@@ -110,7 +108,7 @@ class CrossAttention(nn.Module):
         num_sources: earlier blocks whose cross tokens are read.
     """
 
-    fused_attn: Final[bool]
+    fused_attn: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -155,23 +153,24 @@ class CrossAttention(nn.Module):
         """(B, H, W, C) and cross tokens (B, sources * ceil(H/4) * ceil(W/4), C) -> (B, H, W, C)."""
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        k2, v2, key_bias2 = None, None, None
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+        k2: Tensor | None = None
+        v2: Tensor | None = None
+        key_bias2: Tensor | None = None
         if cross is not None and self.cross_norm is not None:
-            scale = _resized_cross(self.cross_scale.unsqueeze(0), H, W).transpose(0, 1)
+            scale = resized_cross(self.cross_scale.unsqueeze(0), H, W).transpose(0, 1)
             cross = self.cross_norm(cross * scale)  # the scale comes first: mostly its sign survives
-            kv = F.linear(cross, self.qkv.weight[C:], self.qkv.bias[C:])
+            kv = F.linear(cross, self.qkv.weight[C:], self.qkv.bias[C:])  # the queries would not be used
             kv = kv.reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-            k2, v2 = kv.unbind(0)
             if self.bias is None:
-                key_bias2 = _resized_cross(self.cross_bias, H, W)
+                k2, v2 = kv[0], kv[1]
+                key_bias2 = resized_cross(self.cross_bias, H, W)
             else:
-                k, v = torch.cat([k, k2], dim=2), torch.cat([v, v2], dim=2)
-                k2, v2 = None, None
+                k, v = torch.cat([k, kv[0]], dim=2), torch.cat([v, kv[1]], dim=2)
         if self.bias is None:
-            bias = _dense_bias(self.offset_bias, H, W)
+            bias = dense_bias(self.offset_bias, H, W)
         else:
-            bias = _kept_bias(self.bias, self.offset_bias, self.cross_bias, H, W)
+            bias = kept_bias(self.bias, self.offset_bias, self.cross_bias, H, W)
         if self.fused_attn:
             x = attention(q, k, v, bias=bias, scale=self.scale, k2=k2, v2=v2, key_bias2=key_bias2)
         else:
@@ -185,7 +184,7 @@ class CrossAttention(nn.Module):
         self.qkv.weight[:queries] *= self.scale
         self.qkv.bias[:queries] *= self.scale
         self.scale = 1.0
-        self.bias = _whole_bias(self.offset_bias, self.cross_bias, *self.offset_bias.shape[1:])
+        self.bias = whole_bias(self.offset_bias, self.cross_bias, *self.offset_bias.shape[1:])
 
     @torch.no_grad()
     def set_grid_size(self, h: int, w: int) -> None:
@@ -194,7 +193,7 @@ class CrossAttention(nn.Module):
             resized = resize_table(name, table, h, w)
             setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
         if self.bias is not None:
-            self.bias = _whole_bias(self.offset_bias, self.cross_bias, h, w)
+            self.bias = whole_bias(self.offset_bias, self.cross_bias, h, w)
 
 
 class FcaBlock(nn.Module):
@@ -270,16 +269,18 @@ def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> nn.LayerNorm:
     return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
 
 
-def merged_size(h: int, w: int) -> tuple[int, int]:
+def merged_size(h: int, w: int, stride: int = MERGE) -> tuple[int, int]:
     """Size of the map of cross tokens that a block makes of a map of h x w."""
-    return (h + MERGE - 1) // MERGE, (w + MERGE - 1) // MERGE
+    return (h + stride - 1) // stride, (w + stride - 1) // stride
 
 
-# What depends on a map's size lies in functions that tracers take as they are.
+# What branches on a map's size lies in functions that tracers take as they are (their names have no underscore
+# because torch.fx looks for public names only).
 
 
+@torch.fx.wrap
 @register_notrace_function
-def _resized_cross(maps: Tensor, h: int, w: int) -> Tensor:
+def resized_cross(maps: Tensor, h: int, w: int) -> Tensor:
     """(C, sources, h0, w0) -> (C, sources * ceil(h/4) * ceil(w/4))."""
     h, w = merged_size(h, w)
     if maps.shape[2] != h or maps.shape[3] != w:
@@ -287,8 +288,9 @@ def _resized_cross(maps: Tensor, h: int, w: int) -> Tensor:
     return maps.flatten(1)
 
 
+@torch.fx.wrap
 @register_notrace_function
-def _dense_bias(offset_bias: Tensor, h: int, w: int) -> Tensor:
+def dense_bias(offset_bias: Tensor, h: int, w: int) -> Tensor:
     """(heads, h0, w0) over absolute offsets -> (heads, h*w, h*w)."""
     table = mirror_offsets(offset_bias)
     if offset_bias.shape[1] != h or offset_bias.shape[2] != w:
@@ -296,21 +298,22 @@ def _dense_bias(offset_bias: Tensor, h: int, w: int) -> Tensor:
     return relative_bias(table)
 
 
-def _whole_bias(offset_bias: Tensor, cross_bias: Tensor | None, h: int, w: int) -> Tensor:
+def whole_bias(offset_bias: Tensor, cross_bias: Tensor | None, h: int, w: int) -> Tensor:
     """Bias of all keys, (heads, N, N + K)."""
-    bias = _dense_bias(offset_bias, h, w)
+    bias = dense_bias(offset_bias, h, w)
     if cross_bias is not None:
-        per_key = _resized_cross(cross_bias, h, w).unsqueeze(1).expand(-1, bias.shape[1], -1)
+        per_key = resized_cross(cross_bias, h, w).unsqueeze(1).expand(-1, bias.shape[1], -1)
         bias = torch.cat([bias, per_key], dim=2)
     return bias
 
 
+@torch.fx.wrap
 @register_notrace_function
-def _kept_bias(bias: Tensor, offset_bias: Tensor, cross_bias: Tensor | None, h: int, w: int) -> Tensor:
+def kept_bias(bias: Tensor, offset_bias: Tensor, cross_bias: Tensor | None, h: int, w: int) -> Tensor:
     """The inference form's dense bias, computed anew for a map of another size."""
     if offset_bias.shape[1] == h and offset_bias.shape[2] == w:
         return bias
-    return _whole_bias(offset_bias, cross_bias, h, w)
+    return whole_bias(offset_bias, cross_bias, h, w)
 
 
 def resize_table(name: str, table: Tensor, h: int, w: int) -> Tensor:
@@ -321,8 +324,9 @@ def resize_table(name: str, table: Tensor, h: int, w: int) -> Tensor:
     return resize_maps(maps, *merged_size(h, w)).reshape(*table.shape[:-2], *merged_size(h, w))
 
 
+@torch.fx.wrap
 @register_notrace_function
-def _to_windows(x: Tensor, size: int, index: int) -> Tensor:
+def to_windows(x: Tensor, size: int, index: int) -> Tensor:
     """(B, H, W, C) -> (B * windows, size, size, C), zeros at the top left for even blocks, else below."""
     h, w = (size - x.shape[1] % size) % size, (size - x.shape[2] % size) % size
     if h + w > 0:
@@ -332,21 +336,23 @@ def _to_windows(x: Tensor, size: int, index: int) -> Tensor:
     return x.reshape(-1, size, size, C)
 
 
+@torch.fx.wrap
 @register_notrace_function
-def _from_windows(x: Tensor, size: int, index: int, h: int, w: int) -> Tensor:
-    """The inverse of `_to_windows`: (B * windows, size, size, C) -> (B, h, w, C)."""
+def from_windows(x: Tensor, size: int, index: int, h: int, w: int) -> Tensor:
+    """The inverse of `to_windows`: (B * windows, size, size, C) -> (B, h, w, C)."""
     rows, columns, C = (h + size - 1) // size, (w + size - 1) // size, x.shape[3]
     x = x.reshape(-1, rows, columns, size, size, C).transpose(2, 3).reshape(-1, rows * size, columns * size, C)
     top, left = (rows * size - h, columns * size - w) if index % 2 == 0 else (0, 0)
     return x[:, top : top + h, left : left + w]
 
 
+@torch.fx.wrap
 @register_notrace_function
-def _shift_windows(x: Tensor, size: int, index: int, h: int, w: int) -> Tensor:
+def shift_windows(x: Tensor, size: int, index: int, h: int, w: int) -> Tensor:
     """Windows as block `index - 1` left them -> windows as block `index` wants them."""
     if h % size == 0 and w % size == 0:
         return x
-    return _to_windows(_from_windows(x, size, index - 1, h, w), size, index)
+    return to_windows(from_windows(x, size, index - 1, h, w), size, index)
 
 
 class ConvStage(nn.Module):
@@ -388,11 +394,11 @@ class CrossStage(nn.Module):
         x = self.downsample(x).permute(0, 2, 3, 1)
         h, w = x.shape[1], x.shape[2]
         if self.window > 0:
-            x = _to_windows(x, self.window, 0)
+            x = to_windows(x, self.window, 0)
         cross: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if self.window > 0 and i > 0:
-                x = _shift_windows(x, self.window, i, h, w)
+                x = shift_windows(x, self.window, i, h, w)
             sources: Tensor | None = None
             if len(cross) > 0 and self.max_sources > 0:
                 sources = torch.cat(cross[-self.max_sources :], dim=1)  # the oldest first
@@ -403,7 +409,7 @@ class CrossStage(nn.Module):
             if merged is not None:
                 cross.append(merged)
         if self.window > 0:
-            x = _from_windows(x, self.window, len(self.blocks) - 1, h, w)
+            x = from_windows(x, self.window, len(self.blocks) - 1, h, w)
         return x.permute(0, 3, 1, 2)
 
 
