@@ -1,8 +1,8 @@
 """From a picture to a classifier's input in evaluation: timm's transform, safe for any aspect ratio.
 
-timm resizes the whole picture and then crops its centre. For a 1000 x 8 strip that is a 28000 x 224 picture of
-which one 224 x 224 square is kept. Here such pictures are cropped first and resized afterwards; all others go
-through timm's own steps, so that their tensors are timm's to the last bit.
+timm resizes the whole picture and then crops its centre. For a 1000 x 8 strip that is a 28000 x 224 picture
+of which one 224 x 224 square is kept. Here such pictures are cropped first and resized afterwards; all others
+go through timm's own steps, so that their tensors are timm's to the last bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor, nn
 from torchvision import transforms
+
+from zoo._timm import get_model_input_config
 
 CropMode = Literal["center", "squash", "border"]
 
@@ -51,9 +53,7 @@ class EvalTransform:
         self.crop_pct = crop_pct
         self.crop_mode = check_choice("crop_mode", crop_mode, ("center", "squash", "border"))
         if not 0 < crop_pct <= 2:
-            raise ValueError(
-                f"crop_pct is {crop_pct}, expected the crop's share of the resized picture, such as 0.875"
-            )
+            raise ValueError(f"crop_pct is {crop_pct}, expected the crop's share of the resized picture, such as 0.875")
         self.timm = create_transform(
             self.input_size,
             is_training=False,
@@ -69,6 +69,7 @@ class EvalTransform:
         self._to_tensor = transforms.Compose(self.timm.transforms[geometric:])
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """Transform an upright RGB picture of any size."""
         image = to_channels(image, self.input_size[0])
         height, width = self._resized(image.height, image.width)
         if height * width <= _MAX_ENLARGEMENT * math.prod(self._target()) and min(height, width) > 0:
@@ -94,7 +95,7 @@ class EvalTransform:
     def _resize_center(self, image: Image.Image, height: int, width: int) -> Image.Image:
         """The part of the picture resized to (height, width) that the centre crop keeps, computed alone."""
         crop_height, crop_width = min(height, self.input_size[1]), min(width, self.input_size[2])
-        top, left = int(round((height - crop_height) / 2)), int(round((width - crop_width) / 2))
+        top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
         scale_y, scale_x = image.height / height, image.width / width
         box = (
             left * scale_x,
@@ -109,12 +110,15 @@ class EvalTransform:
 
 
 def eval_transform_for(model: nn.Module) -> EvalTransform:
-    """The evaluation transform of a live model: its size and channels, its pretrained cfg's mean, std and crop.
+    """The evaluation transform of a live model.
+
+    Size and channels are those it was built or last resized for (`img_size`, `in_chans`), else its pretrained
+    cfg's; mean, std, interpolation and crop are the pretrained cfg's.
 
     Raises:
         ValueError: the model takes neither 3 nor 1 channels.
     """
-    config = resolve_input_data_config(model)
+    config = resolve_input_data_config(model, {"input_size": get_model_input_config(model)["input_size"]})
     return EvalTransform(
         config["input_size"],
         mean=config["mean"],
@@ -126,7 +130,7 @@ def eval_transform_for(model: nn.Module) -> EvalTransform:
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """An RGB picture as the 3 or 1 channels that a model takes (grey as `convert("L")`, like timm's loaders)."""
+    """An RGB picture as the 3 or 1 channels that a model takes (grey by `convert("L")`, as timm's loaders)."""
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
 
@@ -140,9 +144,7 @@ def check_input_size(input_size: int | tuple[int, ...]) -> tuple[int, int, int]:
     sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     size = sides if len(sides) == 3 else (3, *sides)
     if len(size) != 3 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(
-            f"input_size is {input_size}, expected a side, (H, W) or (C, H, W) of positive integers"
-        )
+        raise ValueError(f"input_size is {input_size}, expected a side, (H, W) or (C, H, W) of positive integers")
     if size[0] not in (1, 3):
         raise ValueError(f"input_size {size} has {size[0]} channels, pictures have 3 (RGB) or 1 (grey)")
     return size
@@ -154,9 +156,7 @@ def check_interpolation(name: str, extra: tuple[str, ...] = ()) -> str:
     Raises:
         ValueError: it has not.
     """
-    return check_choice(
-        "interpolation", name, ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", *extra)
-    )
+    return check_choice("interpolation", name, ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", *extra))
 
 
 def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> str:
