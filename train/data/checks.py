@@ -132,9 +132,9 @@ class DataReport:
                 dots = "" if len(ordered) == len(shown) else f" (of {len(ordered)} classes, most and fewest)"
                 lines.append("  classes: " + ", ".join(f"{name} {count}" for name, count in shown) + dots)
             what = "left out" if split.skipped else "cannot be read"
-            lines += _listing(f"{len(split.unreadable)} pictures {what}", [bad.reason for bad in split.unreadable])
+            lines += _listing(f"{_count(split.unreadable, 'picture')} {what}", [bad.reason for bad in split.unreadable])
             lines += _listing(
-                f"{len(split.left_out)} other files ignored",
+                f"{_count(split.left_out, 'other file')} ignored",
                 [f"{path} ({reason})" for path, reason in split.left_out],
             )
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
@@ -192,7 +192,10 @@ def check_dataset(
             raise DataError(f"none of the {len(seen)} pictures of {data.split} can be read: {unreadable[0].reason}")
         good = [entry for entry in seen if isinstance(entry, _Seen)]
         reports.append(_report(data, good, tuple(entries.values())))
-        marks.append({entry.fingerprint: path for entry, path in zip(good, data.paths, strict=True)})
+        mark: dict[bytes, str] = {}
+        for entry, path in zip(good, data.paths, strict=True):
+            mark.setdefault(entry.fingerprint, path)
+        marks.append(mark)
     shared = []
     if val is not None:
         shared = [(marks[0][mark], path) for mark, path in marks[1].items() if mark in marks[0]]
@@ -293,7 +296,7 @@ def _warnings(
     first = reports[0]
     if first.empty_classes:
         warnings.append(
-            f"{len(first.empty_classes)} of {first.classes} classes have no picture in {first.split}: "
+            f"{len(first.empty_classes)} of {first.classes} classes without a picture in {first.split}: "
             f"{_some(first.empty_classes)}"
         )
     for names in _lookalikes(sets[0].classes):
@@ -301,25 +304,27 @@ def _warnings(
     for report in reports:
         if report.repeated:
             warnings.append(
-                f"{len(report.repeated)} pictures occur more than once in {report.split}, such as "
+                f"{_count(report.repeated, 'picture')} more than once in {report.split}, such as "
                 f"{report.repeated[0][0]} and {report.repeated[0][1]}"
             )
         if report.conflicting:
             warnings.append(
-                f"{len(report.conflicting)} of them are in different classes, such as "
+                f"{_count(report.conflicting, 'picture')} of {report.split} in more than one class, such as "
                 f"{report.conflicting[0][0]} and {report.conflicting[0][1]}"
             )
     if len(reports) > 1:
         second = reports[1]
         missing = [name for name in second.empty_classes if name in first.class_counts]
         if missing:
-            warnings.append(f"{len(missing)} classes have no picture in {second.split}: {_some(missing)}")
+            warnings.append(f"{_count(missing, 'class')} without a picture in {second.split}: {_some(missing)}")
         alien = [name for name in second.class_counts if name not in first.class_counts]
         if alien:
-            warnings.append(f"{len(alien)} classes of {second.split} have no picture in {first.split}: {_some(alien)}")
+            warnings.append(
+                f"{_count(alien, 'class')} of {second.split} without a picture in {first.split}: {_some(alien)}"
+            )
     if shared:
         warnings.append(
-            f"{len(shared)} pictures of {reports[1].split} are also in {first.split}, such as {shared[0][1]} and "
+            f"{_count(shared, 'picture')} of {reports[1].split} also in {first.split}, such as {shared[0][1]} and "
             f"{shared[0][0]}: scores on them mean nothing"
         )
     return warnings
@@ -330,6 +335,11 @@ def _lookalikes(classes: Sequence[str]) -> list[list[str]]:
     for name in dict.fromkeys(classes):
         groups.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    plural = "es" if noun.endswith("ss") else "s"
+    return f"{len(things)} {noun}" + plural * (len(things) != 1)
 
 
 def _some(names: Sequence[str]) -> str:

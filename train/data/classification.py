@@ -296,13 +296,14 @@ def _split_folder(root: Path, split: str) -> tuple[Path, bool, list[str]]:
 
 
 def _find_split(root: Path, split: str) -> Path | None:
-    """The folder of a split: it has the split's name and holds folders, not pictures (a class "train" does)."""
-    folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
-    for name in _SPLIT_FOLDERS.get(split, (split.lower(),)):
-        folder = folders.get(name)
-        if folder is not None and (_class_folders(folder) or not _has_images(folder)):
-            return folder
-    return None
+    """The folder of a split, unless the folders with such names are classes: pictures in them, no folders."""
+    named = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
+    names = _SPLIT_FOLDERS.get(split, (split.lower(),))
+    known = {*names, *(name for aliases in _SPLIT_FOLDERS.values() for name in aliases)}
+    folders = [folder for name, folder in named.items() if name in known]
+    if not any(map(_class_folders, folders)) and any(map(_has_images, folders)):
+        return None
+    return next((named[name] for name in names if name in named), None)
 
 
 def _class_folders(base: Path) -> list[str]:
