@@ -397,6 +397,11 @@ def _alpha_cfg(file: str | None = None, **fields: Any) -> dict[str, Any]:
     return cfg(**address, **paper, **fields)
 
 
+def _clipa_cfg(file: str) -> dict[str, Any]:
+    """The vision tower of a contrastive model: features, no classes."""
+    return _alpha_cfg(file, num_classes=0, crop_pct=1.0)
+
+
 default_cfgs = generate_default_cfgs(
     {
         "crate_tiny.in1k": cfg(),
@@ -414,7 +419,8 @@ default_cfgs = generate_default_cfgs(
         "crate_alpha_large_p32.in21k_ft_in1k": _alpha_cfg(),
         "crate_alpha_large_p14.in21k_ft_in1k": _alpha_cfg("crate_alpha_L14.pth"),
         "crate_alpha_large_p8.in21k_ft_in1k": _alpha_cfg(),
-        "crate_alpha_huge_p14.datacomp1b": _alpha_cfg(),
+        "crate_alpha_large_p14.datacomp1b": _clipa_cfg("crate_alpha_CLIPA_L14.pth"),
+        "crate_alpha_huge_p14.datacomp1b": _clipa_cfg("crate_alpha_CLIPA_H14.pth"),
     }
 )
 

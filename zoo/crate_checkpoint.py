@@ -72,7 +72,7 @@ def convert_checkpoint(state_dict: StateDict, model: nn.Module) -> Conversion:
     notes: list[str] = []
     state, layout = dict(state_dict), "zoo"
     if "visual.class_embedding" in state:
-        state, layout = _from_clipa(state), "CRATE-alpha CLIPA"
+        state, layout = _from_clipa(state, model.num_classes), "CRATE-alpha CLIPA"
         notes.append("the text tower was left out; the official ln_post has epsilon 1e-6: pass head_norm_eps=1e-6")
     elif "decoder_pos_embed" in state:
         layout = "CRATE-MAE"
@@ -143,8 +143,11 @@ def _merge_demo_head(state: StateDict) -> StateDict:
     return state | {"mlp_head.1.weight": weight, "mlp_head.1.bias": bias}
 
 
-def _from_clipa(state: StateDict) -> StateDict:
-    """The visual tower of a CLIPA file under CRATE-alpha's official names."""
+def _from_clipa(state: StateDict, num_classes: int) -> StateDict:
+    """The visual tower of a CLIPA file under CRATE-alpha's official names.
+
+    The projection to the joint space becomes the classifier of a model with as many classes.
+    """
     tower = {n.removeprefix("visual."): v for n, v in state.items() if n.startswith("visual.")}
     kernel = tower["conv1.weight"]
     out = {
@@ -154,9 +157,10 @@ def _from_clipa(state: StateDict) -> StateDict:
         "conv1.bias": tower.get("conv1.bias", kernel.new_zeros(len(kernel))),
         "mlp_head.0.weight": tower["ln_post.weight"],
         "mlp_head.0.bias": tower["ln_post.bias"],
-        "mlp_head.1.weight": tower["proj"].t(),
-        "mlp_head.1.bias": kernel.new_zeros(tower["proj"].shape[1]),
     }
+    if tower["proj"].shape[1] == num_classes:
+        out["mlp_head.1.weight"] = tower["proj"].t()
+        out["mlp_head.1.bias"] = kernel.new_zeros(num_classes)
     for name, value in tower.items():
         match = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.*)", name)
         if match is None:

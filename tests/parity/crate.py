@@ -11,7 +11,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.kernels.tied_attention import tied_attention
 
 import zoo
 from tests.parity.golden import Case, fill_input, output_error, relative_error
@@ -20,6 +19,7 @@ from zoo.checkpoint import find_converter
 from zoo.crate import Crate, learning_rate_factor
 from zoo.crate_blocks import CrateAlphaBlock, Ista, Mssa, Odl, sincos_pos_embed
 from zoo.crate_mae import CrateMae
+from zoo.kernels.tied_attention import tied_attention
 from zoo.whitebox import attention_maps, coding_rate, layer_statistics, pca, shared_projection
 
 REPOSITORIES = ("Ma-Lab-Berkeley/CRATE", "LeslieTrue/crate-emergence-notebooks", "UCSC-VLAA/CRATE-alpha")
@@ -447,7 +447,7 @@ def _run_counts(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]
     sizes = {"S": "small", "B": "base", "L": "large", "H": "huge"}
     for name, counts in case["variants"].items():
         size, patch = name.split("/")
-        model = timm.create_model(f"crate_alpha_{sizes[size]}_p{patch}", device="meta")
+        model = timm.create_model(f"crate_alpha_{sizes[size]}_p{patch}", device="meta", num_classes=1000)
         params = sum(p.numel() for p in model.parameters())
         yield Check(f"params {name}", abs(params - counts["params"]), 0)
         yield Check(f"macs {name}", abs(classifier_macs(model, [1, 3, 224, 224]) - counts["macs"]), 0)
