@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo import crate, crate_mae, fcaformer, metaformer  # importing a family registers its models
+from zoo import activator, crate, crate_mae, fcaformer, metaformer, ninformer  # importing a family registers its models
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from zoo.folding import fold
 from zoo.registry import list_models
@@ -33,6 +33,7 @@ __all__ = [
     "ImageError",
     "LoadReport",
     "Prediction",
+    "activator",
     "crate",
     "crate_mae",
     "fcaformer",
@@ -40,6 +41,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "metaformer",
+    "ninformer",
     "predict",
     "read_image",
 ]
