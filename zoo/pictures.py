@@ -37,13 +37,11 @@ _WIDER_FONTS = (
 )
 
 
-def draw_scores(
-    image: Image.Image, names: Sequence[str], scores: Sequence[float], *, title: str = ""
-) -> Image.Image:
+def draw_scores(image: Image.Image, names: Sequence[str], scores: Sequence[float], *, title: str = "") -> Image.Image:
     """`image` with a panel of names, bars and scores: below wide pictures, beside tall ones.
 
-    Pictures with a longer side below 240 px are enlarged and ones above 1600 px reduced, so that picture and text
-    suit each other on a screen.
+    Pictures with a longer side below 240 px are enlarged and ones above 1600 px reduced, so that picture and
+    text suit each other on a screen.
 
     Args:
         image: RGB.
@@ -83,7 +81,7 @@ def contact_sheet(
 
     Args:
         images: anything `zoo.read_image` takes; each is fitted whole into a square.
-        captions: one a picture; wrapped, also at line breaks, and cut with an ellipsis after `max_lines` lines.
+        captions: one a picture; wrapped, also at line breaks; cut with an ellipsis after `max_lines` lines.
         correct: True for a green frame and a check mark, False for a red one and a cross, None for grey.
         columns: pictures in a row; default: about as many as make a 4:3 sheet.
         cell: side of each square in pixels.
@@ -99,9 +97,7 @@ def contact_sheet(
         raise ValueError("contact_sheet got no pictures")
     for what, values in (("captions", captions), ("correct", correct)):
         if values is not None and len(values) != count:
-            raise ValueError(
-                f"contact_sheet got {count} pictures but {len(values)} {what}: pass one for each picture"
-            )
+            raise ValueError(f"contact_sheet got {count} pictures but {len(values)} {what}: pass one for each picture")
     if columns is not None and columns < 1:
         raise ValueError(f"columns is {columns}, expected at least 1")
     columns = min(count, columns or max(1, round(math.sqrt(count * 4 / 3))))
@@ -147,9 +143,7 @@ def contact_sheet(
     return sheet
 
 
-def _score_panel(
-    names: Sequence[str], scores: Sequence[float], title: str, width: int, size: int
-) -> Image.Image:
+def _score_panel(names: Sequence[str], scores: Sequence[float], title: str, width: int, size: int) -> Image.Image:
     font, pad = _font(size, "".join(names) + title), round(size * 0.9)
     row, bar = round(size * 2.55), max(4, round(size * 0.4))
     rows = list(zip(names, scores, strict=True))
@@ -159,9 +153,7 @@ def _score_panel(
     if title:
         pen.text((pad, pad), _cut(title, font, width - 2 * pad), _MUTED, font)
     if not rows:
-        pen.text(
-            (pad, pad + heading), _cut("nothing above the threshold", font, width - 2 * pad), _MUTED, font
-        )
+        pen.text((pad, pad + heading), _cut("nothing above the threshold", font, width - 2 * pad), _MUTED, font)
     inner = width - 2 * pad
     for index, (name, score) in enumerate(rows):
         top = pad + heading + index * row
@@ -199,9 +191,7 @@ def _badge(right: bool, side: int) -> Image.Image:
     big = side * _SUPERSAMPLE
     badge = Image.new("RGBA", (big, big), (0, 0, 0, 0))
     pen = ImageDraw.Draw(badge)
-    pen.ellipse(
-        (0, 0, big - 1, big - 1), (*(_RIGHT if right else _WRONG), 255), (255, 255, 255, 255), big // 14
-    )
+    pen.ellipse((0, 0, big - 1, big - 1), (*(_RIGHT if right else _WRONG), 255), (255, 255, 255, 255), big // 14)
     strokes = [((0.28, 0.53), (0.44, 0.68), (0.73, 0.35))] if right else _CROSS
     for stroke in strokes:
         points = [(x * big, y * big) for x, y in stroke]
@@ -216,7 +206,7 @@ _CROSS = [((0.32, 0.32), (0.68, 0.68)), ((0.68, 0.32), (0.32, 0.68))]
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> list[tuple[str, bool]]:
-    """`text` in at most `max_lines` lines of at most `width` pixels, and whether each is of the first paragraph.
+    """`text` in at most `max_lines` lines of at most `width` pixels; for each, whether it begins `text`.
 
     Every paragraph (between line breaks) keeps at least one line; what does not fit ends in an ellipsis.
     """
@@ -253,7 +243,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """Pillow's own font where it has every letter of `text`, else a font of the system that has most of them."""
+    """Pillow's own font where it has every letter of `text`, else the font that has most of them."""
     needed = {letter for letter in _drawable(text) if not letter.isascii()}
     if not needed:
         return _builtin_font(size)

@@ -28,8 +28,8 @@ from zoo.preprocess import eval_transform_for, model_placement
 class Prediction:
     """What a model says about one picture: classes with scores, best first.
 
-    Heads derive from it (boxes, masks) and override `draw` and `to_dict`; `labels`, `names` and `scores` mean the
-    same everywhere: one entry for each thing found.
+    Heads derive from it (boxes, masks) and override `draw` and `to_dict`; `labels`, `names` and `scores` mean
+    the same everywhere: one entry for each thing found.
 
     Attributes:
         task: "classification" (scores are softmax probabilities), "multilabel" (sigmoid), or a head's task.
@@ -81,15 +81,16 @@ def predict(
     """Classify one picture, or each of several.
 
     The preprocessing is that of the live model (`timm.data.resolve_input_data_config`). The model is put into
-    evaluation mode for the call, each of its modules back into its own mode afterwards; no gradients are kept.
+    evaluation mode for the call, each of its modules back into its own mode afterwards; no gradients are
+    kept.
 
     Args:
         model: any classifier built by timm or zoo, or a module that returns logits (B, num_classes).
-        image: what `zoo.read_image` takes, or an iterable of these (also a 4-D array or tensor): then the answer
-            is a list.
+        image: what `zoo.read_image` takes, or an iterable of these (also a 4-D array or tensor): then the
+            answer is a list.
         topk: classes to return, best first; not used with `multilabel`.
-        class_names: one name for each class. Default: the model's attribute `class_names`, the label names of its
-            pretrained cfg, ImageNet's names where the class count is ImageNet's, else "class 3".
+        class_names: one name for each class. Default: the model's attribute `class_names`, the label names of
+            its pretrained cfg, ImageNet's names where the class count is ImageNet's, else "class 3".
         multilabel: classes are independent (sigmoid); all of those with a score of at least `threshold` are
             returned, possibly none.
         threshold: see `multilabel`.
@@ -128,8 +129,8 @@ def predict(
                 path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
                 if not row.isfinite().all():
                     raise ValueError(
-                        f"{type(model).__name__} gives non-finite scores for {describe_source(source)}: its weights "
-                        f"are damaged, or {str(dtype).removeprefix('torch.')} overflows (try float32)"
+                        f"{type(model).__name__} gives non-finite scores for {describe_source(source)}: its "
+                        f"weights are damaged, or {str(dtype).removeprefix('torch.')} overflows (try float32)"
                     )
                 predictions.append(_choose(row, names, topk, multilabel, threshold, path))
     return predictions if several else predictions[0]
@@ -146,7 +147,7 @@ def resolve_class_names(
     if class_names is not None:
         if len(class_names) != num_classes:
             raise ValueError(
-                f"{len(class_names)} class names for {num_classes} classes: pass one name for each output of the model"
+                f"{len(class_names)} class names for {num_classes} classes: pass one for each output of the model"
             )
         return tuple(str(name) for name in class_names)
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -198,8 +199,8 @@ def _check_logits(output: Any, model: nn.Module, count: int) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != count:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"{type(model).__name__} returned {shape} for {count} picture(s), expected logits "
-            f"({count}, num_classes): zoo.predict is for classifiers, detectors and segmenters have their own predict"
+            f"{type(model).__name__} returned {shape} for {count} picture(s), expected logits ({count}, "
+            "num_classes): zoo.predict is for classifiers, detectors and segmenters have their own predict"
         )
     return output.float().cpu()
 
@@ -207,9 +208,7 @@ def _check_logits(output: Any, model: nn.Module, count: int) -> Tensor:
 def _is_several(image: Any) -> bool:
     if isinstance(image, np.ndarray | Tensor):
         return image.ndim == 4
-    if isinstance(image, str | bytes | bytearray | memoryview | os.PathLike | Image.Image) or hasattr(
-        image, "read"
-    ):
+    if isinstance(image, str | bytes | bytearray | memoryview | os.PathLike | Image.Image) or hasattr(image, "read"):
         return False
     return isinstance(image, Iterable)
 
