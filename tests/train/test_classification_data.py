@@ -113,7 +113,10 @@ def test_a_training_folder_alone_is_divided_too(tmp_path):
     folders(tmp_path / "train", {"a": 10, "b": 10})
     train, val = open_classification(tmp_path, "train"), open_classification(tmp_path, "val")
     assert (len(train), len(val)) == (16, 4)
-    assert "held out" in train.notes[0]
+    report = check_dataset(train, val=val)
+    assert report.notes == (f"part of train/ is held out, there is no val/ in {tmp_path}",)
+    assert f"note: {report.notes[0]}" in str(report)
+    assert report.warnings == ()
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "Val", "test"])

@@ -85,11 +85,13 @@ class DataReport:
         splits: one report a split.
         warnings: sentences about what is suspicious but usable.
         shared: (training path, validation path) of the same picture in both.
+        notes: how the layout was understood.
     """
 
     splits: tuple[SplitReport, ...]
     warnings: tuple[str, ...]
     shared: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def unreadable(self) -> tuple[BadFile, ...]:
@@ -114,6 +116,7 @@ class DataReport:
             ],
             "warnings": list(self.warnings),
             "shared": [list(pair) for pair in self.shared],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -137,6 +140,7 @@ class DataReport:
                 f"{_count(split.left_out, 'other file')} ignored",
                 [f"{path} ({reason})" for path, reason in split.left_out],
             )
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
@@ -199,7 +203,8 @@ def check_dataset(
     shared = []
     if val is not None:
         shared = [(marks[0][mark], path) for mark, path in marks[1].items() if mark in marks[0]]
-    return DataReport(tuple(reports), tuple(_warnings(sets, reports, shared)), tuple(shared))
+    notes = dict.fromkeys(note for data in sets for note in data.notes)
+    return DataReport(tuple(reports), tuple(_warnings(sets, reports, shared)), tuple(shared), tuple(notes))
 
 
 def _inspect(path: str, decode: bool) -> _Seen | BadFile:
@@ -292,7 +297,7 @@ def _spread(values: np.ndarray) -> tuple[int, int, int]:
 def _warnings(
     sets: Sequence[ClassificationData], reports: Sequence[SplitReport], shared: Sequence[tuple[str, str]]
 ) -> list[str]:
-    warnings = [note for data in sets for note in data.notes]
+    warnings: list[str] = []
     first = reports[0]
     if first.empty_classes:
         warnings.append(
