@@ -54,7 +54,7 @@ def activate(a: Tensor, act: str) -> Tensor:
         return F.silu(a)
     if act == "relu":
         return F.relu(a)
-    raise ValueError(f"activation {act!r} is unknown to the gate: pass 'gelu', 'silu' or 'relu'")
+    raise ValueError(f"activation {act} is unknown to the gate: pass 'gelu', 'silu' or 'relu'")
 
 
 def reference(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, act: str = "gelu") -> Tensor:

@@ -21,8 +21,7 @@ ImageNet sizes (`*_patch16_224`) are this project's. No weights were released.
 `uniform_activator_*`, the authors' relative without a paper, has neither inner norm nor MLP, and one width.
 """
 
-from __future__ import annotations
-
+# without `from __future__ import annotations`: fx would write forward's types as strings that TorchScript refuses
 import re
 from typing import Any
 

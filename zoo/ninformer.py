@@ -21,8 +21,7 @@ Token maps are neither normalised nor bounded (two paths are multiplied): a dens
 `fourier_ninformer_*`, the authors' relative without a paper, has a Fourier transform for a gate and takes any size.
 """
 
-from __future__ import annotations
-
+# without `from __future__ import annotations`: fx would write forward's types as strings that TorchScript refuses
 import math
 import re
 from collections.abc import Callable
@@ -194,11 +193,16 @@ class MixerGate(nn.Module):
         return x + self.mlp_channels(self.norm_channels(x))
 
 
-class FourierGate(nn.Module):
-    """Real part of the 2-D Fourier transform over tokens and channels, unnormalised, without parameters.
+@torch.fx.wrap
+@register_notrace_function
+def fourier_real(x: Tensor) -> Tensor:
+    """Real part of the unnormalised 2-D Fourier transform over the last two axes, computed in float32 or wider."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return torch.real(torch.fft.fft2(wide)).to(x.dtype)
 
-    (B, N, C) -> (B, N, C). Computed in float32 or wider.
-    """
+
+class FourierGate(nn.Module):
+    """Real part of the Fourier transform over tokens and channels: (B, N, C) -> (B, N, C), without parameters."""
 
     def __init__(
         self,
@@ -216,8 +220,7 @@ class FourierGate(nn.Module):
 
     def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        return torch.fft.fft2(wide).real.to(x.dtype)
+        return fourier_real(x)
 
 
 class NinBlock(nn.Module):
