@@ -15,8 +15,7 @@ whichever is cheaper, and `zoo.fold` merges them into one; rectangular images an
 `global_pool="avg"` is the official `pool="mean"`: over all tokens, the class token included.
 """
 
-from __future__ import annotations
-
+# without `from __future__ import annotations`: fx would write forward's types as strings that TorchScript refuses
 import math
 from collections.abc import Callable
 from typing import Any, Literal

@@ -27,7 +27,8 @@ POOLS = {"cls": "token", "mean": "avg"}
 
 
 def claims(case: Case) -> bool:
-    return str(case.get("source", "")).startswith(REPOSITORIES) or case.path.parent.name == "crate"
+    by_name = case.path.parent.name == "crate" or case.path.stem == "op_pca"  # which names no source
+    return str(case.get("source", "")).startswith(REPOSITORIES) or by_name
 
 
 def run(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
@@ -69,7 +70,9 @@ def build(case: Case) -> Crate:
     options = dict(step_size=c.get("ista", c.get("step_size", 0.1)), lambd=c.get("lambd", c.get("lambda", 0.1)))
     if alpha:
         options |= dict(block_fn=CrateAlphaBlock, patch_norm=False, norm_eps=1e-6)
-    if built != given:  # the official CRATE takes the first rows of its table, the notebooks interpolate
+    if built != given or case.get(
+        "hr_shape"
+    ):  # the official CRATE takes the first rows of its table, the notebooks interpolate
         notebook = str(case.get("source")).startswith("LeslieTrue")
         options |= dict(dynamic_img_size=True, pos_mode="offset" if notebook else "prefix")
     return Crate(
@@ -163,6 +166,8 @@ def _attention_outputs(case: Case, model: Crate, dtype: torch.dtype) -> dict[str
             continue
         large = match[2] or match[4]
         image = fill_input("image_hr", case["hr_shape"], case.seed) if large else case.input()
+        h, w = (size - size % p for size, p in zip(image.shape[-2:], model.patch_embed.patch_size))
+        image = image[..., :h, :w]  # as the notebooks crop
         if match[1]:
             outputs[name] = attention_maps(model, image.to(dtype), int(match[1]))
         else:
@@ -223,14 +228,19 @@ def _gradients(case, model, state, logits, image, outputs, dtype) -> Iterator[Ch
     bar = BARS[dtype]
     yield Check("loss_value", relative_error(float(loss.detach()), case["loss_value"]), bar)
     outputs["d_image"] = image.grad
+    yield from _parameter_gradients(case, model, state, dtype)
+
+
+def _parameter_gradients(case: Case, model: nn.Module, state: dict[str, Tensor], dtype) -> Iterator[Check]:
     official = _official_gradients(model, state)
+    bar = 1e-8 if dtype is torch.float64 else GRADIENT_BAR
     for name, norm in case.get("grad_l2_norm", {}).items():
-        yield Check(f"|d {name}|", relative_error(float(official[name].norm()), norm), GRADIENT_BAR)
+        yield Check(f"|d {name}|", relative_error(float(official[name].norm()), norm), bar)
     for name, expected in case.get("grad_probe0", {}).items():
         gradient = official[name].double().flatten()
         probe = fill_input("probe0", gradient.shape, 0)
         error = abs(float(gradient @ probe) / math.sqrt(gradient.numel()) - expected)
-        scale = case["grad_l2_norm"][name] / math.sqrt(gradient.numel())  # that of a random projection
+        scale = case["grad_l2_norm"][name] / math.sqrt(gradient.numel()) or 1.0  # that of a random projection
         yield Check(f"probe {name}", error / scale, 1e-7 if dtype is torch.float64 else 1e-3)
 
 
@@ -315,7 +325,9 @@ def _run_mae(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
     grid = model.encoder.patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))
     noise = fill_input("mask_noise", (image.shape[0], grid[0] * grid[1]), case.seed)
     recorded = _Recorder()
-    with recorded, torch.no_grad():
+    gradients = "grad_l2_norm" in case and not folded
+    image.requires_grad_(gradients)
+    with recorded, torch.set_grad_enabled(gradients):
         for i, block in enumerate(model.encoder.blocks):
             recorded.tokens(f"enc{i}", block)
         for i, block in enumerate(model.decoder.blocks):
@@ -323,6 +335,10 @@ def _run_mae(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
         recorded.tokens("latent", model.encoder.norm)
         loss, pred, mask = model(image, case.get("mask_ratio", 0.75), noise)
     outputs = recorded.outputs | {"loss": loss.reshape(1), "pred": pred, "mask": mask}
+    if gradients:
+        loss.backward()
+        outputs["d_image"] = image.grad
+        yield from _parameter_gradients(case, model, state, dtype)
     with torch.no_grad():
         outputs |= _attention_outputs(case, model.encoder, dtype)
     yield from _compare(case, outputs, dtype)
@@ -387,10 +403,10 @@ def _run_ista(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
 
 def _run_mssa(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
     entries = {name: shape for name, shape, _ in case["state_dict"]}
-    heads = int(re.search(r"heads (\d+)", case["what"])[1]) if "heads" in case["what"] else None
     inner, dim = entries["qkv.weight"]
-    if heads is None:
-        heads = inner // int(re.search(r"head dim (\d+)", case["what"])[1])
+    heads = re.search(r"heads (\d+)", case["what"])
+    width = re.search(r"head dim (\d+)", case["what"])
+    heads = case.get("heads") or (int(heads[1]) if heads else inner // int(width[1]))
     bias = "to_out.0.bias" in entries
     module = Mssa(dim, heads, inner // heads, proj_bias=bias)
     yield from _operator(case, module, dtype, lambda name: name.replace("to_out.0.", "proj."))
@@ -446,8 +462,9 @@ def _run_counts(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]
         raise NoSuchForm
     sizes = {"S": "small", "B": "base", "L": "large", "H": "huge"}
     for name, counts in case["variants"].items():
-        size, patch = name.split("/")
-        model = timm.create_model(f"crate_alpha_{sizes[size]}_p{patch}", device="meta", num_classes=1000)
+        size, _, patch = name.partition("/")
+        registered = f"crate_alpha_{sizes[size]}_p{patch}" if patch else name
+        model = timm.create_model(registered, device="meta", num_classes=1000)
         params = sum(p.numel() for p in model.parameters())
         yield Check(f"params {name}", abs(params - counts["params"]), 0)
         yield Check(f"macs {name}", abs(classifier_macs(model, [1, 3, 224, 224]) - counts["macs"]), 0)
