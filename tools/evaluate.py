@@ -11,8 +11,6 @@ from pathlib import Path
 
 import timm
 
-HELP = "measure a classifier on images with known labels"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo eval`."""
@@ -76,39 +74,38 @@ def load_classifier(args: argparse.Namespace):
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and write the report."""
+    import zoo
     from zoo.train.data.classification import check_dataset, open_classification
     from zoo.train.engine import pick_device
     from zoo.train.evaluation import evaluate
     from zoo.train.reports import write_report
     from zoo.train.trainer import evaluation_settings, evaluation_transform
 
-    import zoo
-
     model = load_classifier(args)
     names = getattr(model, "class_names", None)
     dataset = open_classification(args.data, args.split, classes=names)
     report = check_dataset(dataset, on_bad=args.on_bad)
-    for line in report.remarks:
+    for line in (*dataset.notes, *report.warnings):
         print(line)
     if len(dataset.classes) != model.num_classes:
         raise ValueError(f"{args.data} has {len(dataset.classes)} classes, the model has {model.num_classes}")
     settings = evaluation_settings(
         model, img_size=args.img_size, crop_pct=args.crop_pct, interpolation=args.interpolation
     )
+    dataset.transform = evaluation_transform(settings)
     device = pick_device(args.device)
     if args.fold:
         model = zoo.fold(model)
     evaluation = evaluate(
         model,
         dataset,
-        evaluation_transform(settings),
         mean=settings["mean"],
         std=settings["std"],
         batch_size=args.batch_size,
         workers=args.workers,
         device=device,
         precision=args.precision,
-        left_out=report.unreadable,
+        left_out=[(bad.path, bad.reason) for bad in report.unreadable],
     )
     name = args.weights or f"{args.model} ({args.checkpoint or 'released weights'})"
     table = write_report(evaluation, Path(args.out), f"{name} on {args.data}")

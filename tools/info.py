@@ -13,8 +13,6 @@ from timm.data import resolve_data_config
 
 from zoo.manifest import known_weights
 
-HELP = "what a model is, costs and needs; without a model, what this machine has"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo info`."""

@@ -10,8 +10,6 @@ import zoo
 from zoo.manifest import known_weights
 from zoo.registry import model_family
 
-HELP = "models, with their families and whether weights can be had"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo list`."""

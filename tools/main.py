@@ -8,29 +8,30 @@ import sys
 
 import zoo
 
-# command -> module; a module has HELP, add_arguments(parser) and run(args) -> exit status
+# command -> (module, help); a module has add_arguments(parser) and run(args) -> exit status, and is imported
+# only when its command is called
 COMMANDS = {
-    "list": "zoo.tools.list",
-    "info": "zoo.tools.info",
-    "train": "zoo.tools.train",
-    "eval": "zoo.tools.evaluate",
-    "predict": "zoo.tools.predict",
-    "inspect": "zoo.tools.inspect",
+    "list": ("zoo.tools.list", "models, with their families and whether weights can be had"),
+    "info": ("zoo.tools.info", "what a model is, costs and needs; without a model, what this machine has"),
+    "train": ("zoo.tools.train", "train, fine-tune or distil a model on your images"),
+    "eval": ("zoo.tools.evaluate", "measure a classifier on images with known labels"),
+    "predict": ("zoo.tools.predict", "names and scores for pictures, and pictures with them"),
+    "inspect": ("zoo.tools.inspect", "white-box measures of a CRATE model, as numbers and as a picture"),
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every subcommand."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of `command` (of none of them for the overview)."""
     parser = argparse.ArgumentParser(prog="zoo", description="Efficient vision models behind timm's front door.")
     parser.add_argument("--version", action="version", version=f"zoo {zoo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, path in COMMANDS.items():
+    for name, (path, summary) in COMMANDS.items():
+        if name != command:
+            commands.add_parser(name, help=summary)
+            continue
         module = importlib.import_module(path)
         sub = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
@@ -39,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Expected failures end with one sentence on stderr, not with a traceback."""
-    args = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = build_parser(arguments[0] if arguments else None).parse_args(arguments)
     try:
         return args.run(args)
     except (ValueError, FileNotFoundError, NotADirectoryError, ImportError) as error:

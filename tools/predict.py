@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-HELP = "names and scores for pictures, and pictures with them"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo predict`."""
@@ -23,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; pictures that cannot be read are named at the end and give status 1."""
-    from zoo.tools.evaluate import load_classifier
-
     import zoo
     from zoo.images import ImageError
+    from zoo.tools.evaluate import load_classifier
 
     is_file = Path(args.weights).suffix == ".safetensors" and Path(args.weights).is_file()
     model = load_classifier(

@@ -11,8 +11,6 @@ import argparse
 import dataclasses
 import typing
 
-HELP = "train, fine-tune or distil a model on your images"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo train`: one flag for each field of a recipe."""

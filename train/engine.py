@@ -13,10 +13,10 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 from tqdm import tqdm
-from zoo.train.loading import derive_seed, seed_everything
-from zoo.train.schedules import learning_rate
 
 from zoo.extras import require
+from zoo.train.loading import derive_seed, seed_everything
+from zoo.train.schedules import learning_rate
 
 require("mmengine", extra="train")
 
@@ -25,7 +25,7 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.model import is_model_wrapper  # noqa: E402
 from mmengine.optim import OptimWrapper  # noqa: E402
-from mmengine.runner import EpochBasedTrainLoop  # noqa: E402
+from mmengine.runner import EpochBasedTrainLoop, Runner  # noqa: E402
 
 
 class ExactTrainLoop(EpochBasedTrainLoop):
@@ -203,7 +203,7 @@ class ProgressHook(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Advance the bar."""
-        self.losses.append(float(outputs["loss"]))
+        self.losses.append(outputs["loss"].item())
         if self.bar is not None:
             self.bar.set_postfix_str(f"epoch {runner.epoch + 1}/{runner.max_epochs} loss {self.losses[-1]:.3f}")
             self.bar.update()
@@ -248,14 +248,19 @@ def _epoch_of(line: str) -> int:
         return sys.maxsize  # a line that a killed run wrote half
 
 
-def quiet_logger(name: str, folder: Path) -> MMLogger:
-    """mmengine's logger with its long reports in a file and only warnings on the console."""
-    folder.mkdir(parents=True, exist_ok=True)
-    logger = MMLogger.get_instance(name, log_file=str(folder / "log.txt"), log_level="INFO", file_mode="a")
-    for handler in logger.handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setLevel(logging.ERROR)
-    return logger
+class QuietRunner(Runner):
+    """mmengine's Runner with its long reports in `log.txt` and only errors on the console."""
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs) -> MMLogger:
+        """The logger of this run."""
+        logger = super().build_logger(log_level, str(Path(self.work_dir) / "log.txt"), **kwargs)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.ERROR)
+        return logger
+
+    def dump_config(self) -> None:
+        """Nothing: the recipe is the configuration, and it is saved already."""
 
 
 def pick_device(requested: str | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from tqdm import tqdm
+
 from zoo.train.classification import ClassificationPreprocessor
 from zoo.train.loading import EvaluationDataset, make_loader
 from zoo.train.reports import Evaluation
@@ -17,7 +18,6 @@ from zoo.train.reports import Evaluation
 def evaluate(
     model: nn.Module,
     dataset,
-    transform,
     *,
     mean: Iterable[float],
     std: Iterable[float],
@@ -33,8 +33,7 @@ def evaluate(
 
     Args:
         model: classifier; it is put into eval mode and returned to the mode it was in.
-        dataset: gives (image, target); has `classes`, `paths` and `multilabel`.
-        transform: image -> uint8 array or tensor (C, H, W) of one size.
+        dataset: `ClassificationData` with a transform that gives uint8 (C, H, W) of one size.
         mean: of the channels, in 0..1.
         std: of the channels, in 0..1.
         batch_size: images of one forward pass.
@@ -51,7 +50,7 @@ def evaluate(
     training = model.training
     prepare = ClassificationPreprocessor(tuple(mean), tuple(std), channels_last=channels_last).to(device)
     model = model.eval().to(device)
-    loader = make_loader(EvaluationDataset(dataset, transform), batch_size=batch_size, workers=workers)
+    loader = make_loader(EvaluationDataset(dataset), batch_size=batch_size, workers=workers)
     logits, targets = [], []
     start = time.perf_counter()
     for batch in tqdm(loader, unit="batch", disable=None if progress else True, leave=False, dynamic_ncols=True):

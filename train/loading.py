@@ -84,16 +84,15 @@ class EpochSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A data set under a random transform that is seeded for each (epoch, index).
+    """A data set whose random transform is seeded for each (epoch, index); gives (image, target, index).
 
     Args:
-        dataset: map-style; gives (image, target).
-        transform: image -> tensor or array.
+        dataset: map-style, with its transform; gives (image, target).
         seed: of the run.
     """
 
-    def __init__(self, dataset: Sized, transform, seed: int):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    def __init__(self, dataset: Sized, seed: int):
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -107,14 +106,14 @@ class SeededDataset(Dataset):
         epoch, index = key
         seed_everything(derive_seed(self.seed, epoch, index))
         image, target = self.dataset[index]
-        return self.transform(image), target, index
+        return image, target, index
 
 
 class EvaluationDataset(Dataset):
-    """A data set under a fixed transform; gives (image, target, index)."""
+    """A data set with a fixed transform; gives (image, target, index)."""
 
-    def __init__(self, dataset: Sized, transform):
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: Sized):
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -126,7 +125,7 @@ class EvaluationDataset(Dataset):
 
     def __getitem__(self, index: int):
         image, target = self.dataset[index]
-        return self.transform(image), target, index
+        return image, target, index
 
 
 def collate(samples: list[tuple]) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from zoo.train.metrics import classification_scores, target_ranks
 
 from zoo.extras import require
+from zoo.train.metrics import classification_scores, target_ranks
 
 
 @dataclass(frozen=True)

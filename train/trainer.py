@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from torch import nn
+
+from zoo.extras import require
+from zoo.saving import load_model, save_model
 from zoo.train.checkpoints import CheckpointHook, DiskFullError, PlainHistoryHook, newest_readable_checkpoint
 from zoo.train.classification import Classification, ClassificationPreprocessor, NonFiniteLossError
 from zoo.train.data.classification import build_transforms, check_dataset, open_classification
@@ -21,20 +25,17 @@ from zoo.train.engine import (
     ExactTrainLoop,
     LearningRateHook,
     ProgressHook,
+    QuietRunner,
     StepSeedHook,
     build_optim_wrapper,
     build_optimizer,
     pick_device,
-    quiet_logger,
 )
 from zoo.train.evaluation import evaluate
 from zoo.train.loading import EpochSampler, EvaluationDataset, SeededDataset, make_loader, seed_everything
 from zoo.train.metrics import classification_scores, main_metric
 from zoo.train.recipe import ClassificationRecipe
 from zoo.train.reports import Evaluation, draw_curves, write_report
-
-from zoo.extras import require
-from zoo.saving import load_model, save_model
 
 require("mmengine", extra="train")
 
@@ -65,7 +66,7 @@ class TrainingResult:
 class ClassificationMetric(BaseMetric):
     """Scores of all images of the validation set, each counted once however many processes there are."""
 
-    default_prefix = None
+    default_prefix = ""
 
     def process(self, data_batch, data_samples) -> None:
         """Keep the logits of a batch."""
@@ -156,6 +157,35 @@ def training_settings(recipe: ClassificationRecipe, model: nn.Module) -> dict:
     return evaluation | dict(train_size=size, interpolation=recipe.interpolation or own["interpolation"])
 
 
+def evaluation_transform(settings: dict):
+    """Picture -> uint8 (C, H, W), resized and cropped as `settings` say."""
+    return build_transforms(
+        train=False,
+        input_size=settings["eval_size"],
+        interpolation=settings["eval_interpolation"],
+        crop_pct=settings["crop_pct"],
+        normalize=False,
+    )
+
+
+def training_transform(recipe: ClassificationRecipe, settings: dict):
+    """Picture -> uint8 (C, H, W) with the recipe's augmentation of single images."""
+    return build_transforms(
+        train=True,
+        input_size=settings["train_size"],
+        mean=settings["mean"],
+        std=settings["std"],
+        interpolation=settings["interpolation"],
+        scale=recipe.scale,
+        ratio=recipe.ratio,
+        hflip=recipe.hflip,
+        vflip=recipe.vflip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.rand_augment,
+        normalize=False,
+    )
+
+
 def train(
     recipe: ClassificationRecipe,
     *,
@@ -167,7 +197,7 @@ def train(
 
     The folder `recipe.out` then holds: `recipe.json`; `checkpoints/` for `resume`; `best.safetensors` and
     `last.safetensors` (for `zoo.saving.load_model`); `history.jsonl`; `curves.png`; `results.md`, `results.json`,
-    `per_class.csv`, `confusion.png`, `worst_mistakes.png`, `predictions.png`; `log.txt`.
+    `per_class.csv`, `confusion.png`, `worst_mistakes.png`, `predictions.png`; `log/log.txt`.
 
     Args:
         recipe: every setting.
@@ -193,32 +223,33 @@ def train(
     forward_size = recipe.batch_size // (world * recipe.accumulate)
 
     train_set, val_set, left_out = _open_data(recipe, say)
+    if len(train_set) < recipe.batch_size:
+        raise ValueError(
+            f"{len(train_set)} training images are fewer than batch_size {recipe.batch_size}: use a smaller batch_size"
+        )
     seed_everything(recipe.seed)
     model, remarks = build_classifier(recipe, len(train_set.classes))
     for remark in remarks:
         say(remark)
     settings = training_settings(recipe, model)
-    train_transform, eval_transform = build_transforms(recipe, settings)
+    train_set.transform = training_transform(recipe, settings)
+    val_set.transform = evaluation_transform(settings)
     task = _build_task(recipe, model, settings, train_set)
 
     sampler = EpochSampler(len(train_set), forward_size, recipe.seed, rank, world)
     train_loader = make_loader(
-        SeededDataset(train_set, train_transform, recipe.seed),
+        SeededDataset(train_set, recipe.seed),
         batch_size=forward_size,
         workers=recipe.workers,
         sampler=sampler,
     )
-    evaluated = EvaluationDataset(val_set, eval_transform)
+    evaluated = EvaluationDataset(val_set)
     val_loader = make_loader(
         evaluated,
         batch_size=max(forward_size, 32),
         workers=recipe.workers,
         sampler=DefaultSampler(evaluated, shuffle=False),
     )
-    if sampler.batches < recipe.accumulate:
-        raise ValueError(
-            f"{len(train_set)} training images are fewer than batch_size {recipe.batch_size}: use a smaller batch_size"
-        )
 
     metric = main_metric(train_set.multilabel)
 
@@ -255,11 +286,10 @@ def train(
 
         hooks.append(EMAHook(momentum=1 - recipe.ema_decay, interval=recipe.accumulate))
     start_from = _checkpoint_to_resume(folder, resume, say)
-    quiet_logger(folder.name, folder)
     with _mmengine_device(device):
-        runner = Runner(
+        runner = QuietRunner(
             model=task,
-            work_dir=str(folder),
+            work_dir=str(folder / "log"),
             train_dataloader=train_loader,
             val_dataloader=val_loader,
             train_cfg=dict(type=ExactTrainLoop, max_epochs=recipe.total_epochs, val_interval=recipe.val_interval),
@@ -272,7 +302,8 @@ def train(
             load_from=str(start_from) if start_from else None,
             launcher="none",
             randomness=dict(seed=recipe.seed, deterministic=recipe.deterministic),
-            experiment_name=folder.name,
+            # mmengine keeps one history for each name of an experiment: two runs must not share it
+            experiment_name=f"{folder.name}_{uuid.uuid4().hex[:12]}",
             visualizer=dict(type="Visualizer", vis_backends=[]),
         )
         try:
@@ -291,7 +322,6 @@ def train(
         evaluation = evaluate(
             best,
             val_set,
-            eval_transform,
             mean=settings["mean"],
             std=settings["std"],
             batch_size=max(forward_size, 32),
@@ -349,14 +379,13 @@ def _open_data(recipe: ClassificationRecipe, say: Callable[[str], None]):
     options = dict(val_fraction=recipe.val_fraction, seed=recipe.seed)
     train_set = open_classification(recipe.data, "train", **options)
     val_set = open_classification(recipe.data, "val", classes=train_set.classes, **options)
-    left_out = []
-    for name, part in (("train", train_set), ("val", val_set)):
-        report = check_dataset(part, on_bad=recipe.on_bad)
-        left_out += report.unreadable if name == "val" else []
-        for line in report.remarks:
-            say(f"{name}: {line}")
+    report = check_dataset(train_set, val=val_set, on_bad=recipe.on_bad)
+    for line in (*train_set.notes, *report.warnings):
+        say(line)
+    if report.unreadable:
+        say(f"{len(report.unreadable)} unreadable pictures are left out, listed in {recipe.out}/left_out.txt")
     say(f"{len(train_set)} training and {len(val_set)} validation images, {len(train_set.classes)} classes")
-    return train_set, val_set, left_out
+    return train_set, val_set, [(bad.path, bad.reason) for bad in report.unreadable]
 
 
 def _build_task(recipe: ClassificationRecipe, model: nn.Module, settings: dict, train_set) -> Classification:
