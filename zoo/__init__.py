@@ -12,7 +12,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from zoo import activator, crate, crate_mae, fcaformer, metaformer, ninformer  # importing a family registers its models
+from zoo import (  # importing a family registers its models
+    activator,
+    ascan,
+    crate,
+    crate_mae,
+    fcaformer,
+    metaformer,
+    ninformer,
+    slab,
+)
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from zoo.folding import fold
 from zoo.registry import list_models
@@ -34,6 +43,7 @@ __all__ = [
     "LoadReport",
     "Prediction",
     "activator",
+    "ascan",
     "crate",
     "crate_mae",
     "fcaformer",
@@ -44,6 +54,7 @@ __all__ = [
     "ninformer",
     "predict",
     "read_image",
+    "slab",
 ]
 
 

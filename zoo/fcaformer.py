@@ -11,8 +11,6 @@ queries, which its multiply-adds count); a stage begins with its downsampling in
 `fcaformer_blocks.py`, learning rates and weight decay of the parameters in `fcaformer_recipe.py`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Sequence

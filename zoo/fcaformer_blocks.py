@@ -90,8 +90,7 @@ class CxBlock(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Fold the norm's affine part and the layer scale into the MLP."""
-        self.norm = _fold_affine(self.norm, self.mlp.fc1)
+        """Fold the layer scale into the MLP."""
         self.ls = _fold_scale(self.ls, self.mlp.fc2)
 
 
@@ -248,9 +247,8 @@ class FcaBlock(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Fold the layer scales into the projections and the last norm's affine part into the MLP."""
+        """Fold the layer scales into the projections before them."""
         self.ls1 = _fold_scale(self.ls1, self.attn.proj)
-        self.norm3 = _fold_affine(self.norm3, self.mlp.fc1)
         self.ls2 = _fold_scale(self.ls2, self.mlp.fc2)
 
 
@@ -259,14 +257,6 @@ def _fold_scale(scale: nn.Module, linear: nn.Linear) -> nn.Module:
         linear.weight *= scale.gamma.unsqueeze(1)
         linear.bias *= scale.gamma
     return nn.Identity()
-
-
-def _fold_affine(norm: nn.LayerNorm, linear: nn.Linear) -> nn.LayerNorm:
-    if norm.weight is None:
-        return norm
-    linear.bias += linear.weight @ norm.bias
-    linear.weight *= norm.weight
-    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
 
 
 def merged_size(h: int, w: int, stride: int = MERGE) -> tuple[int, int]:
