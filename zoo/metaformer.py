@@ -208,23 +208,6 @@ class RandFormer(IdentityFormer):
             for block in self.stages[stage].blocks:
                 block.token_mixer = RandomMixing(self.img_size, stage_grid(self.img_size, stage), **dd)
 
-    @torch.jit.ignore
-    def set_input_size(self, img_size: ImageSize | None = None) -> None:
-        """Accepts the built size only.
-
-        Raises:
-            ValueError: another size was asked for.
-        """
-        _keep_input_size(self, img_size, "random matrices have")
-
-
-def _keep_input_size(model: nn.Module, img_size: ImageSize | None, what: str) -> None:
-    if img_size is not None and to_2tuple(img_size) != model.img_size:
-        raise ValueError(
-            f"img_size is {to_2tuple(img_size)}, but this model was built for {model.img_size} and its {what} no "
-            f"meaning at another size: create a new model with img_size={to_2tuple(img_size)}"
-        )
-
 
 def _per_stage(value, stages: int) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value] * stages
@@ -283,7 +266,7 @@ class PoolFormer(OfficialMetaFormer):
         if pool_size % 2 == 0:
             raise ValueError(f"pool_size is {pool_size}, expected an odd number: an even window changes the map's size")
         if any(attends) and not channel_norm:
-            raise ValueError("stages with attention need a norm per position: pass channel_norm=True")
+            raise ValueError("a model with attention needs a norm per position: pass channel_norm=True")
         group_norm, map_norm = partial(MapNorm, eps=1e-5), partial(LayerNorm2d, eps=1e-5)
         token_norm = partial(nn.LayerNorm, eps=1e-5)
         super().__init__(
@@ -326,32 +309,39 @@ class PoolFormer(OfficialMetaFormer):
         return x if pre_logits else self.head.fc(x)
 
 
-class PoolFormerAblation(PoolFormer):
-    """v1's ablations with mixers that belong to one image size: spatial FCs, and attention with a position map.
+class SpatialFcPoolFormer(PoolFormer):
+    """v1's ablations that mix with spatial FCs in some stages.
 
     Args:
-        fc_stages: stages (0 to 3) that mix with a spatial FC, for which other image sizes are refused.
-        position_stage: stage before which a learned position map is added; it is resampled to other image sizes.
-        img_size: image size that both are made for, (height, width) or one number for both.
+        fc_stages: stages (0 to 3) with a spatial FC; their entry of `token_mixers` is not used.
+        img_size: image size of the FCs, (height, width) or one number for both; others are refused.
         kwargs: those of `PoolFormer`.
     """
 
-    def __init__(
-        self,
-        fc_stages: Sequence[int] = (),
-        position_stage: int | None = None,
-        img_size: ImageSize = 224,
-        **kwargs,
-    ):
+    def __init__(self, fc_stages: Sequence[int] = (), img_size: ImageSize = 224, **kwargs):
         super().__init__(**kwargs)
         dd = dict(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
         self.img_size = to_2tuple(img_size)
-        self.position_stage = position_stage
-        self.has_fc = bool(fc_stages)
         for stage in fc_stages:
             for block in self.stages[stage].blocks:
                 mixer = SpatialFc(self.img_size, stage_grid(self.img_size, stage), **dd)
                 block.token_mixer = mixer.apply(self._init_weights)
+
+
+class AttentionPoolFormer(PoolFormer):
+    """v1's ablations with attention in the last stages, and a learned position map.
+
+    Args:
+        position_stage: stage (1 to 3) in front of which the map is added; None for no map.
+        img_size: image size of the map, (height, width) or one number for both; for other images it is resampled.
+        kwargs: those of `PoolFormer`.
+    """
+
+    def __init__(self, position_stage: int | None = None, img_size: ImageSize = 224, **kwargs):
+        super().__init__(**kwargs | dict(channel_norm=True))
+        dd = dict(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+        self.img_size = to_2tuple(img_size)
+        self.position_stage = position_stage
         if position_stage is not None:
             entry = self.stages[position_stage]
             grid = stage_grid(self.img_size, position_stage)
@@ -359,15 +349,9 @@ class PoolFormerAblation(PoolFormer):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: ImageSize | None = None) -> None:
-        """Resample the position map to another image size, in place.
-
-        Raises:
-            ValueError: the model mixes with spatial FCs, which belong to their image size.
-        """
-        if self.has_fc:
-            return _keep_input_size(self, img_size, "spatial FCs have")
+        """Resample the position map to another image size, in place."""
         if img_size is None or to_2tuple(img_size) == self.img_size:
-            return None
+            return
         self.img_size = to_2tuple(img_size)
         if self.position_stage is not None and self.position_stage < len(self.stages):
             entry = self.stages[self.position_stage].downsample
@@ -375,7 +359,6 @@ class PoolFormerAblation(PoolFormer):
             resampled = resample_position_map(entry.pos_embed.detach(), *grid)
             entry.pos_embed = nn.Parameter(resampled, requires_grad=entry.pos_embed.requires_grad)
         update_model_input_size(self, self.img_size)
-        return None
 
 
 class DensePoolFormer(PoolFormer):
@@ -706,41 +689,42 @@ def poolformerv1_m48(pretrained: bool = False, **kwargs) -> PoolFormer:
 
 @register_model
 def metaformer_id_s12(pretrained: bool = False, **kwargs) -> PoolFormer:
-    """v1's ablation without token mixing, 11.9 M parameters, 1.82 G multiply-adds at 224 px."""
+    """No token mixing (v1's ablation), 11.9 M parameters, 1.82 G multiply-adds at 224 px."""
     return _poolformer("metaformer_id_s12", pretrained, "s12", **dict(token_mixers=nn.Identity) | kwargs)
 
 
-def _ablation(variant: str, pretrained: bool, **kwargs) -> PoolFormerAblation:
-    return _create(PoolFormerAblation, variant, pretrained, **_LAYOUTS["s12"] | kwargs)
+def _attention(variant: str, pretrained: bool, **kwargs) -> AttentionPoolFormer:
+    return _create(AttentionPoolFormer, variant, pretrained, **_LAYOUTS["s12"] | kwargs)
+
+
+def _spatial_fc(variant: str, pretrained: bool, **kwargs) -> SpatialFcPoolFormer:
+    return _create(SpatialFcPoolFormer, variant, pretrained, **_LAYOUTS["s12"] | kwargs)
 
 
 @register_model
-def metaformer_pppa_s12_224(pretrained: bool = False, **kwargs) -> PoolFormerAblation:
-    """v1's ablation: pooling in three stages, then attention; 14.0 M parameters, 1.92 G multiply-adds at 224 px."""
-    args = dict(token_mixers=(Pooling, Pooling, Pooling, BiasedAttention), channel_norm=True, position_stage=3)
-    return _ablation("metaformer_pppa_s12_224", pretrained, **args | kwargs)
+def metaformer_pppa_s12_224(pretrained: bool = False, **kwargs) -> AttentionPoolFormer:
+    """Pooling in three stages, then attention (v1's ablation), 14.0 M parameters, 1.92 G multiply-adds at 224 px."""
+    args = dict(token_mixers=(Pooling, Pooling, Pooling, BiasedAttention), position_stage=3)
+    return _attention("metaformer_pppa_s12_224", pretrained, **args | kwargs)
 
 
 @register_model
-def metaformer_ppaa_s12_224(pretrained: bool = False, **kwargs) -> PoolFormerAblation:
-    """v1's ablation: pooling in two stages, then attention; 16.5 M parameters, 2.55 G multiply-adds at 224 px."""
-    mixers = (Pooling, Pooling, BiasedAttention, BiasedAttention)
-    args = dict(token_mixers=mixers, channel_norm=True, position_stage=2)
-    return _ablation("metaformer_ppaa_s12_224", pretrained, **args | kwargs)
+def metaformer_ppaa_s12_224(pretrained: bool = False, **kwargs) -> AttentionPoolFormer:
+    """Pooling in two stages, then attention (v1's ablation), 16.5 M parameters, 2.55 G multiply-adds at 224 px."""
+    args = dict(token_mixers=(Pooling, Pooling, BiasedAttention, BiasedAttention), position_stage=2)
+    return _attention("metaformer_ppaa_s12_224", pretrained, **args | kwargs)
 
 
 @register_model
-def metaformer_pppf_s12_224(pretrained: bool = False, **kwargs) -> PoolFormerAblation:
-    """v1's ablation: pooling in three stages, then spatial FC; 11.9 M parameters, 1.83 G multiply-adds at 224 px."""
-    args = dict(token_mixers=(Pooling, Pooling, Pooling, nn.Identity), fc_stages=(3,))
-    return _ablation("metaformer_pppf_s12_224", pretrained, **args | kwargs)
+def metaformer_pppf_s12_224(pretrained: bool = False, **kwargs) -> SpatialFcPoolFormer:
+    """Pooling in three stages, then spatial FC (v1's ablation), 11.9 M parameters, 1.83 G multiply-adds at 224 px."""
+    return _spatial_fc("metaformer_pppf_s12_224", pretrained, **dict(fc_stages=(3,)) | kwargs)
 
 
 @register_model
-def metaformer_ppff_s12_224(pretrained: bool = False, **kwargs) -> PoolFormerAblation:
-    """v1's ablation: pooling in two stages, then spatial FC; 12.2 M parameters, 1.90 G multiply-adds at 224 px."""
-    args = dict(token_mixers=(Pooling, Pooling, nn.Identity, nn.Identity), fc_stages=(2, 3))
-    return _ablation("metaformer_ppff_s12_224", pretrained, **args | kwargs)
+def metaformer_ppff_s12_224(pretrained: bool = False, **kwargs) -> SpatialFcPoolFormer:
+    """Pooling in two stages, then spatial FC (v1's ablation), 12.2 M parameters, 1.90 G multiply-adds at 224 px."""
+    return _spatial_fc("metaformer_ppff_s12_224", pretrained, **dict(fc_stages=(2, 3)) | kwargs)
 
 
 @register_model

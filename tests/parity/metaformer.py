@@ -23,11 +23,12 @@ import zoo
 from tests.parity.golden import Case, fill_input, output_error, relative_error
 from tests.parity.runner import BARS, GRADIENT_BAR, Check, NotUnderstood
 from zoo.metaformer import (
+    AttentionPoolFormer,
     DensePoolFormer,
     IdentityFormer,
     PoolFormer,
-    PoolFormerAblation,
     RandFormer,
+    SpatialFcPoolFormer,
     rename_official,
 )
 from zoo.metaformer_layers import BiasedAttention, RandomMixing
@@ -103,12 +104,14 @@ def _build_v1(case: Case, constructor: dict, shapes: dict, shared: dict) -> nn.M
         return DensePoolFormer(norm_levels=levels, **arguments)
     fc_stages = [stage for stage, mixer in enumerate(mixers) if mixer == "fc"]
     position = next((int(n.split(".")[1]) for n in shapes if n.endswith(".pos_embed")), None)
-    if not fc_stages and position is None:
+    size = tuple(case["input"]["shape"][2:])
+    if fc_stages:
+        return SpatialFcPoolFormer(fc_stages=fc_stages, img_size=size, **arguments)
+    if position is None and "attention" not in mixers:
         return PoolFormer(**arguments)
     if position is not None:  # entries before it: blocks and downsamplings, one of each a stage
         position = sum(f"network.{entry}.proj.weight" in shapes for entry in range(position))
-    size = tuple(case["input"]["shape"][2:])
-    return PoolFormerAblation(fc_stages=fc_stages, position_stage=position, img_size=size, **arguments)
+    return AttentionPoolFormer(position_stage=position, img_size=size, **arguments)
 
 
 def _build_v2(case: Case, constructor: dict, shapes: dict, shared: dict) -> nn.Module:
