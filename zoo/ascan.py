@@ -110,7 +110,9 @@ class ConvBlock(nn.Module):
 def _fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Conv2d, nn.Module]:
     if isinstance(norm, nn.Identity):
         return conv, norm
-    return fuse_conv_bn_eval(conv.eval(), norm.eval()), nn.Identity()
+    fused = fuse_conv_bn_eval(conv.eval(), norm.eval())
+    # maps are channels-last: weights of another layout would be converted in each call
+    return fused.to(memory_format=torch.channels_last), nn.Identity()
 
 
 class Attention(nn.Module):

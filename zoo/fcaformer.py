@@ -437,7 +437,7 @@ def _source_grid(tokens: int, merged: int | None, grid: tuple[int, int]) -> tupl
             f"attention_biases of {tokens} entries and {merged} cross tokens a block fit no map size: "
             "pass an official FcaFormer file, or a zoo file whose tables have their map's axes"
         )
-    return min(candidates, key=lambda s: (abs(math.log(s[0] / s[1])), (s[0] > s[1]) != (grid[0] > grid[1])))
+    return min(candidates, key=lambda s: (max(s) / min(s), (s[0] > s[1]) != (grid[0] > grid[1])))
 
 
 def _resample_tables(state: StateDict, prefix: str, grid: tuple[int, int]) -> int:

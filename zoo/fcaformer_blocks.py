@@ -53,7 +53,9 @@ class ConvNorm(nn.Module):
 
     def fuse(self) -> nn.Conv2d:
         """One convolution with bias that computes the same in eval mode."""
-        return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        fused = fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+        # maps are channels-last: weights of another layout would be converted in each call
+        return fused.to(memory_format=torch.channels_last)
 
 
 class PatchMerging(nn.Sequential):
