@@ -13,6 +13,8 @@ products of contiguous heads are fastest (tests/bench/slab.py), the copies inclu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,10 +50,19 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     if q.dtype != torch.float16 and q.dtype != torch.bfloat16:
         return _keys_first(q, k, v, eps)
     keys = max(1, k.shape[2])
+    q32, k32, v32 = q.float(), k.float() / keys, v.float()
     if torch.jit.is_scripting():
-        return _keys_first(q.float(), k.float() / keys, v.float(), eps / keys).to(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        return _keys_first(q.float(), k.float() / keys, v.float(), eps / keys).to(q.dtype)
+        y = _keys_first(q32, k32, v32, eps / keys)
+    else:
+        y = _without_autocast(q32, k32, v32, eps / keys)
+    return y.to(q.dtype)
+
+
+@torch.jit.unused
+def _without_autocast(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    device = q.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return _keys_first(q, k, v, eps)
 
 
 def _keys_first(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:

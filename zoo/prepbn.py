@@ -181,8 +181,9 @@ class PRepBN(nn.Module):
 
     def next_gamma(self) -> Tensor:
         """gamma of this forward pass, a float32 scalar; advances the counters."""
-        if not torch.jit.is_scripting() and _is_repetition():
-            return self._gamma(self.last.clone())
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if _is_repetition():
+                return self._gamma(self.last.clone())
         left = self.iter.clone()
         if self.warming:
             left = torch.where(self.warm > 0, torch.full_like(left, -1), left)

@@ -21,8 +21,6 @@ from zoo.kernels.attention import attention, reference, relative_bias, resize_re
 from zoo.kernels.linear_attention import linear_attention
 from zoo.prepbn import PRepBN, RepBN, fold_into_conv, fold_into_linear
 
-SLA_EPS = 1e-6
-
 
 def resample_position(table: Tensor, grid: tuple[int, int], h: int, w: int) -> Tensor:
     """A position table (1, N, C) of a grid of N tokens for h x w tokens: bicubic, as the authors' loader does."""
@@ -62,13 +60,13 @@ def _depthwise(v: Tensor, h: int, w: int, weight: Tensor, bias: Tensor | None) -
 
 def _sla(q: Tensor, k: Tensor, v: Tensor, heads: int, h: int, w: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Linear attention and depthwise convolution of (B, N, C) tokens; `k` has the position table added."""
-    y = linear_attention(_heads_first(q, heads), _heads_first(k, heads), _heads_first(v, heads), SLA_EPS)
+    y = linear_attention(_heads_first(q, heads), _heads_first(k, heads), _heads_first(v, heads))
     return y.transpose(1, 2).flatten(2) + _depthwise(v, h, w, weight, bias)
 
 
-def _shared_kernel(dwc: nn.Conv2d, heads: int) -> tuple[Tensor, Tensor]:
+def _shared_kernel(weight: Tensor, bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
     """The kernel of one head's channels, repeated for every head."""
-    return dwc.weight.repeat(heads, 1, 1, 1), dwc.bias.repeat(heads)
+    return weight.repeat(heads, 1, 1, 1), None if bias is None else bias.repeat(heads)
 
 
 def split_windows(x: Tensor, h: int, w: int) -> Tensor:
@@ -239,7 +237,7 @@ class WindowLinearAttention(_Windows):
         qkv = self.windowed_qkv(x, h, w, shift_h, shift_w)
         q, k, v = split_windows(qkv, h, w).chunk(3, dim=-1)
         k = k + resample_position(self.positional_encoding, self.window, h, w)
-        weight, bias = _shared_kernel(self.dwc, self.num_heads)
+        weight, bias = _shared_kernel(self.dwc.weight, self.dwc.bias, self.num_heads)
         y = _sla(q, k, v, self.num_heads, h, w, weight, bias)
         return join_windows(y, h, w, qkv.shape[1], qkv.shape[2])
 
@@ -263,8 +261,6 @@ class WindowAttention(_Windows):
         fixed: windows are always `window_size`, and always shifted if `shifted`.
         qkv_bias: bias of query, key and value.
     """
-
-    fused_attn: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -340,8 +336,6 @@ def shift_mask(
 @register_notrace_module
 class Attention(nn.Module):
     """Softmax attention of all tokens: (B, N, C) -> (B, N, C)."""
-
-    fused_attn: torch.jit.Final[bool]
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, device=None, dtype=None):
         super().__init__()
@@ -425,8 +419,6 @@ class _SpatialReduction(nn.Module):
 class SpatialReductionAttention(_SpatialReduction):
     """PVT's attention, softmax over the keys of a reduced map: (B, H, W, C) -> (B, H, W, C)."""
 
-    fused_attn: torch.jit.Final[bool]
-
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, qkv_bias: bool, norm_layer, device=None, dtype=None):
         super().__init__(dim, num_heads, sr_ratio, qkv_bias, norm_layer, device=device, dtype=dtype)
         self.fused_attn = use_fused_attn()
@@ -495,11 +487,11 @@ class SpatialReductionLinearAttention(_SpatialReduction):
         q = self.q(x).flatten(1, 2)
         k, v = self.key_value(x)
         k = k + resample_position(self.positional_encoding, self.grid, H // self.sr_ratio, W // self.sr_ratio)
-        weight, bias = _shared_kernel(self.dwc, heads)
+        weight, bias = _shared_kernel(self.dwc.weight, self.dwc.bias, heads)
         if self.sr_ratio == 1:
             y = _sla(q, k, v, heads, H, W, weight, bias)
         else:
-            y = linear_attention(_heads_first(q, heads), _heads_first(k, heads), _heads_first(v, heads), SLA_EPS)
+            y = linear_attention(_heads_first(q, heads), _heads_first(k, heads), _heads_first(v, heads))
             stretched = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear").transpose(1, 2)
             y = y.transpose(1, 2).flatten(2) + _depthwise(stretched, H, W, weight, bias)
         return self.proj(y.view(x.shape))
@@ -525,8 +517,6 @@ class Stripe(nn.Module):
         linear: SLA instead of softmax attention.
         kernel_size: of SLA's depthwise convolution, odd, at least 3.
     """
-
-    fused_attn: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -573,13 +563,15 @@ class Stripe(nn.Module):
             replace_parameter(self, "positional_encoding", table)
         self.grid = grid
 
-    def kernel(self) -> tuple[Tensor, Tensor]:
+    def kernel(self) -> tuple[Tensor, Tensor | None]:
         """The depthwise convolution of the values: LePE, with SLA's shared kernel added."""
-        if self.dwc is None:
-            return self.get_v.weight, self.get_v.bias
-        weight, bias = _shared_kernel(self.dwc, self.num_heads)
-        margin = (weight.shape[-1] - 3) // 2
-        return weight + F.pad(self.get_v.weight, [margin] * 4), bias + self.get_v.bias
+        weight, bias = self.get_v.weight, self.get_v.bias
+        if self.dwc is not None:
+            shared, shared_bias = _shared_kernel(self.dwc.weight, self.dwc.bias, self.num_heads)
+            weight = shared + F.pad(weight, [(shared.shape[-1] - 3) // 2] * 4)
+            if bias is not None and shared_bias is not None:
+                bias = bias + shared_bias
+        return weight, bias
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H, W, C) each, views of a wider tensor allowed -> (B, H, W, C)."""

@@ -24,7 +24,7 @@ from zoo.slab_blocks import Block, init_weights
 
 
 @register_notrace_function
-def _add_position(x: Tensor, table: Tensor, grid: tuple[int, int], cls_token: Tensor | None) -> Tensor:
+def add_position(x: Tensor, table: Tensor, grid: tuple[int, int], cls_token: Tensor | None) -> Tensor:
     """Tokens (B, H, W, C) with the class token, if any, in front: (B, N, C); the position table added."""
     B, H, W, C = x.shape
     x = x.reshape(B, H * W, C)
@@ -192,7 +192,7 @@ class SlabDeit(nn.Module):
     def _embed(self, x: Tensor) -> Tensor:
         """Image -> (B, H, W, C) for linear attention, (B, 1 + N, C) for softmax attention."""
         x = self.patch_embed(x)
-        tokens = self.pos_drop(_add_position(x, self.pos_embed, self.grid, self.cls_token))
+        tokens = self.pos_drop(add_position(x, self.pos_embed, self.grid, self.cls_token))
         return tokens.reshape(x.shape) if self.linear else tokens
 
     def _tokens(self, x: Tensor) -> Tensor:
