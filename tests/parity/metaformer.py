@@ -89,11 +89,11 @@ def _build_v1(case: Case, constructor: dict, shapes: dict, shared: dict) -> nn.M
     mixers = _mixers(constructor.get("mixers") or constructor.get("token_mixers") or "pool", len(shared["dims"]))
     classes = {"identity": nn.Identity, "pool": Pooling, "attention": BiasedAttention, "fc": nn.Identity}
     scale = constructor.get("layer_scale_init", 1e-5)
-    ratios = constructor.get("mlp_ratios") or constructor.get("mlp_ratio") or 4
+    hidden = [shapes[f"network.{n}.0.mlp.fc1.weight"] for n in range(12) if f"network.{n}.0.mlp.fc1.weight" in shapes]
     arguments = shared | dict(
         token_mixers=[classes[mixer] for mixer in mixers],
         pool_size=constructor.get("pool_size") or 3,
-        mlp_ratios=ratios,
+        mlp_ratios=[shape[0] / shape[1] for shape in hidden],
         channel_norm="GroupNorm" not in (constructor.get("norm") or "GroupNorm"),
         use_layer_scale=any("layer_scale" in name for name in shapes),
         layer_scale_init_value=scale if isinstance(scale, float) else 1e-5,
