@@ -10,8 +10,9 @@ Cost a row of f elements: about 20 f FLOPs; 9 f elements moved here (activation 
 linear in it. With p = dout * LN(b), q = dout * LN(gelu(a)) and hats for normalised factors, the gradients of weight
 and bias are the sums of p * a^ + q * b^ and of p + q over rows.
 
-On CPU plain calls were the fastest formulation: one LayerNorm over both factors stacked took 1.4 times the time
-(the copy), normalising without weights and applying them afterwards 1.5 to 2 times (tests/bench/activator.py).
+On CPU plain calls were the fastest formulation: one LayerNorm over both factors stacked took 1.3 to 1.6 times the
+time (the copy), normalising without weights and applying them afterwards 1.5 to 1.9 times
+(tests/bench/activator.py).
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ the equal form Linear(x^T)^T pays with two copies of the tensor.
 Cost an image: 2 f d (n + m) FLOPs; (n + m + 4 f) d elements moved with the hidden units in memory (two products
 and a GELU), (n + m) d if they stay on the chip.
 
-On CPU a batched product with the bias as its base (`baddbmm`) was the fastest formulation over forward and
-backward at the shapes of the models: against Linear on transposed tokens 1.05 to 1.9 times forward and 1.0 to 1.3
-with gradients; `matmul(W, x)` with a broadcast left operand was slower than either (tests/bench/ninformer.py prints
-the comparison). The backward pass holds the gradients of W1 and W2 once for every image, (f, n) each, which
-is less than one of its hidden activations, (f, d), as long as there are fewer tokens than channels.
+On CPU a batched product with the bias as its base (`baddbmm`) was the fastest formulation at the shapes of the
+models: against Linear on transposed tokens 1.05 to 1.15 times forward and equal with gradients, against
+`matmul(W, x)` with a broadcast left operand 1.3 to 2 times (tests/bench/ninformer.py prints the comparison). The
+backward pass holds the gradients of W1 and W2 once for every image, (f, n) each, which is less than one hidden
+activation, (f, d), as long as there are fewer tokens than channels.
 """
 
 from __future__ import annotations

@@ -523,14 +523,14 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> Activator:
 
 
 _CIFAR = dict(img_size=32, patch_size=4, embed_dim=256, depth=4, hidden_dim=512)
-_TINY = dict(embed_dim=192, depth=12)
+_TINY = dict(embed_dim=192, depth=12)  # GEGLU only has four times the width: as many weights a layer as a ViT
 _SMALL = dict(embed_dim=384, depth=12)
 _BASE = dict(embed_dim=768, depth=12)
 
 
 @register_model
 def activator_patch4_32(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """The first version's model for 32 px (CIFAR-10), with MLP: 2.65 M parameters, 0.169 G multiply-adds.
+    """The first version's model for 32 px, with MLP, patches never mix: 2.65 M parameters, 0.169 G multiply-adds.
 
     Trained by the authors with `proj_drop_rate=0.5`.
     """
@@ -539,48 +539,48 @@ def activator_patch4_32(pretrained: bool = False, **kwargs: Any) -> Activator:
 
 @register_model
 def activator_geglu_patch4_32(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """The last version's model for 32 px (CIFAR-10), GEGLU only: 1.60 M parameters, 0.101 G multiply-adds."""
+    """The last version's model for 32 px, GEGLU only, patches never mix: 1.60 M parameters, 0.101 G multiply-adds."""
     return _create("activator_geglu_patch4_32", pretrained, **_CIFAR | dict(mlp=False) | kwargs)
 
 
 @register_model
 def uniform_activator_patch4_32(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """Uniform_Activator for 32 px: 0.81 M parameters, 0.051 G multiply-adds."""
+    """Uniform_Activator for 32 px, patches never mix: 0.81 M parameters, 0.051 G multiply-adds."""
     uniform = dict(hidden_dim=256, mlp=False, gate_norm=False)
     return _create("uniform_activator_patch4_32", pretrained, **_CIFAR | uniform | kwargs)
 
 
 @register_model
 def activator_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """This project's size, with MLP: 4.80 M parameters, 0.896 G multiply-adds at 224 px."""
+    """This project's size, with MLP, patches never mix: 4.80 M parameters, 0.896 G multiply-adds at 224 px."""
     return _create("activator_tiny_patch16_224", pretrained, **_TINY | kwargs)
 
 
 @register_model
 def activator_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """This project's size, with MLP: 18.4 M parameters, 3.53 G multiply-adds at 224 px."""
+    """This project's size, with MLP, patches never mix: 18.4 M parameters, 3.53 G multiply-adds at 224 px."""
     return _create("activator_small_patch16_224", pretrained, **_SMALL | kwargs)
 
 
 @register_model
 def activator_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """This project's size, with MLP: 72.3 M parameters, 14.0 G multiply-adds at 224 px."""
+    """This project's size, with MLP, patches never mix: 72.3 M parameters, 14.0 G multiply-adds at 224 px."""
     return _create("activator_base_patch16_224", pretrained, **_BASE | kwargs)
 
 
 @register_model
 def activator_geglu_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """This project's size, GEGLU only, as many weights a layer as a ViT: 5.69 M parameters, 1.07 G multiply-adds."""
+    """This project's size, GEGLU only, patches never mix: 5.69 M parameters, 1.07 G multiply-adds at 224 px."""
     return _create("activator_geglu_tiny_patch16_224", pretrained, **_TINY | dict(mlp=False) | kwargs)
 
 
 @register_model
 def activator_geglu_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """This project's size, GEGLU only, as many weights a layer as a ViT: 22.0 M parameters, 4.22 G multiply-adds."""
+    """This project's size, GEGLU only, patches never mix: 22.0 M parameters, 4.22 G multiply-adds at 224 px."""
     return _create("activator_geglu_small_patch16_224", pretrained, **_SMALL | dict(mlp=False) | kwargs)
 
 
 @register_model
 def activator_geglu_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Activator:
-    """This project's size, GEGLU only, as many weights a layer as a ViT: 86.5 M parameters, 16.8 G multiply-adds."""
+    """This project's size, GEGLU only, patches never mix: 86.5 M parameters, 16.8 G multiply-adds at 224 px."""
     return _create("activator_geglu_base_patch16_224", pretrained, **_BASE | dict(mlp=False) | kwargs)

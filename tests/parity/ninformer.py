@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from tests.parity.golden import Case, fill_input, output_error, relative_error
 from tests.parity.runner import BARS, GRADIENT_BAR, Check, NoSuchForm, NotUnderstood
-from zoo.ninformer import MixerGate, NinBlock, NinFormer, constructor_arguments, rename, resize_map
+from zoo.ninformer import NinFormer, constructor_arguments, rename
+from zoo.ninformer_blocks import FourierGate, MixerGate, NinBlock, resize_map
 
 REPOSITORIES = ("Abdullah-88/NiNformer", "Abdullah-88/Fourier_NiNformer", "Abdullah-88/ShortConv_NiNformer")
 FIELDS = {  # official constructor -> zoo's
@@ -360,19 +361,14 @@ def _compare_folded(case: Case, model: NinFormer, dtype: torch.dtype, how: str) 
 
 
 def _run_part(case: Case, dtype: torch.dtype, names: set[str]) -> Iterator[Check]:
-    c = case["constructor"]
     shape = {name: size for name, size, _ in case["state_dict"]}
-    drop = 0.0 if case.get("mode") == "train" else c.get("dropout", 0.0)
-    if "ffn.net.0.weight" in names:  # NiNBlock
-        f, n = shape["mgu.Mixer.token_mix.2.net.0.weight"]
-        channel = shape["mgu.Mixer.channel_mix.1.net.0.weight"][0]
+    drop = 0.0 if case.get("mode") == "train" else case["constructor"].get("dropout", 0.0)
+    if "mgu.proj.weight" in names:  # NiNBlock
         hidden, d = shape["ffn.net.0.weight"]
-        module = NinBlock(d, n, hidden, f, channel, drop=drop)
+        module = NinBlock(d, *_gate(shape, "mgu.", hidden), drop=drop)
         yield from run_module(case, module, lambda name: rename("model.0." + name)[len("blocks.0.") :], module, dtype)
-    elif "Mixer.channel_mix.0.weight" in names:  # MixerGatingUnit: value times gate
-        f, n = shape["Mixer.token_mix.2.net.0.weight"]
-        channel, d = shape["Mixer.channel_mix.1.net.0.weight"]
-        module = NinBlock(d, n, 1, f, channel, drop=drop)
+    elif "proj.weight" in names:  # MixerGatingUnit: value times gate
+        module = NinBlock(shape["proj.weight"][0], *_gate(shape, "", 1), drop=drop)
         del module.norm, module.mlp
         yield from run_module(
             case,
@@ -394,3 +390,11 @@ def _run_part(case: Case, dtype: torch.dtype, names: set[str]) -> Iterator[Check
         )
     else:
         raise NotUnderstood(case.get("variant") or case.get("what"))
+
+
+def _gate(shape: dict[str, list[int]], prefix: str, hidden: int) -> tuple:
+    """Tokens, hidden widths and kind of a block's gate, as `NinBlock` takes them."""
+    if f"{prefix}Mixer.token_mix.2.net.0.weight" not in shape:
+        return 1, hidden, 1, 1, FourierGate
+    token_dim, tokens = shape[f"{prefix}Mixer.token_mix.2.net.0.weight"]
+    return tokens, hidden, token_dim, shape[f"{prefix}Mixer.channel_mix.1.net.0.weight"][0], MixerGate

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import zoo
 from zoo.checkpoint import CheckpointError
-from zoo.ninformer import FourierGate, NinFormer, constructor_arguments, rename, resize_map
+from zoo.ninformer import NinFormer, constructor_arguments, rename
+from zoo.ninformer_blocks import FourierGate, resize_map
 
 TINY = dict(img_size=24, patch_size=4, num_classes=5, embed_dim=16, depth=3, token_dim=20, channel_dim=28)
 OFFICIAL = {
@@ -121,7 +122,7 @@ def test_enlarged_tokens_give_enlarged_outputs_under_nearest_up_and_mean_down(mo
             maps.append(torch.kron(torch.eye(min(n, o), dtype=like.dtype), ones / ones.shape[1]))
         return maps
 
-    monkeypatch.setattr("zoo.ninformer.resize_map", nearest)
+    monkeypatch.setattr("zoo.ninformer_blocks.resize_map", nearest)
     model = tiny(dynamic_img_size=True)
     tokens = torch.randn(1, 36, 16, dtype=torch.float64)
 
@@ -157,9 +158,11 @@ def test_the_built_grid_takes_the_official_path_bit_for_bit():
     assert torch.equal(model(x), dynamic(x))
 
 
-def test_zoos_own_wrapped_file_is_resampled_too():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_zoos_own_file_is_resampled_too(wrapped):
     model, loaded = tiny(), tiny(img_size=(32, 20))
-    zoo.load_checkpoint(loaded, {"state_dict": model.state_dict()})
+    state = model.state_dict()
+    zoo.load_checkpoint(loaded, {"state_dict": state} if wrapped else state)
     model.set_input_size((32, 20))
     x = image(32, 20)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-10)
