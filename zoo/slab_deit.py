@@ -1,7 +1,6 @@
 """DeiT with SLAB's norm, or with its norm and its attention."""
 
-from __future__ import annotations
-
+# without `from __future__ import annotations`: fx would write forward's types as strings that TorchScript refuses
 from functools import partial
 from typing import Any
 

@@ -1,11 +1,10 @@
 """PVT, Swin and CSwin with SLAB's norm, or with its norm and its attention; the authors' dense Swin backbones."""
 
-from __future__ import annotations
-
+# without `from __future__ import annotations`: fx would write forward's types as strings that TorchScript refuses
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, to_2tuple
@@ -673,7 +672,7 @@ class SlabSwinDense(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    def train(self, mode: bool = True) -> SlabSwinDense:
+    def train(self, mode: bool = True) -> Self:
         """Train or eval mode; BatchNorm remains in eval mode if it is frozen."""
         super().train(mode)
         if self.freeze_bn:
