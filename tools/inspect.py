@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from zoo import whitebox
     from zoo.extras import require
     from zoo.images import ImageError, read_image
-    from zoo.tools.predict import _pictures as find_pictures
+    from zoo.tools.predict import find_pictures
 
     require("matplotlib", "train")
     model, origin = _load(args)

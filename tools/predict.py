@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     multilabel = bool(getattr(model, "zoo_metadata", {}).get("multilabel"))
     records, unreadable = [], []
-    for path in _pictures(args.images):
+    for path in find_pictures(args.images):
         try:
             image = zoo.read_image(path)
         except (ImageError, FileNotFoundError) as error:
@@ -57,7 +57,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def _pictures(paths: list[Path]) -> list[Path]:
+def find_pictures(paths: list[Path]) -> list[Path]:
+    """The pictures among files and folders; files are taken as they are.
+
+    Raises:
+        ValueError: a folder without pictures.
+    """
     from timm.data.readers.img_extensions import get_img_extensions
 
     extensions = {e.lower() for e in get_img_extensions()} | {".gif", ".webp", ".bmp", ".tif", ".tiff"}

@@ -146,7 +146,8 @@ class LearningRateHook(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Set the rate of the coming step."""
-        rate = learning_rate(self.recipe, runner.iter / runner.train_loop.steps_per_epoch)
+        first_pass = runner.iter - runner.iter % self.recipe.accumulate  # one rate for all passes of a step
+        rate = learning_rate(self.recipe, first_pass / runner.train_loop.steps_per_epoch)
         for group in runner.optim_wrapper.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 

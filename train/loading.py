@@ -33,8 +33,8 @@ def seed_everything(seed: int) -> None:
 class EpochSampler(Sampler):
     """A shuffled order a epoch, the same for every process, of which each process takes its share.
 
-    Yields (epoch, index) pairs. Every process gets the same number of samples: `drop_last` leaves out the
-    incomplete last batch, otherwise the first samples of the epoch fill it up.
+    Yields (epoch, index) pairs. Every process gets the same number of samples; the incomplete last batch of an
+    epoch is left out (the next epoch has another order).
 
     Args:
         size: samples in the data set.
@@ -76,9 +76,8 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
-        total = self.batches * self.batch_size * self.world_size
-        order = (order * -(-total // self.size))[:total]
-        own = order[self.rank :: self.world_size]
+        # a step's images are consecutive in the order whatever the number of processes and of passes
+        own = order[: self.batches * self.batch_size * self.world_size][self.rank :: self.world_size]
         for index in own[self.start_batch * self.batch_size :]:
             yield self.epoch, index
 

@@ -134,11 +134,10 @@ def evaluation_settings(
 ) -> dict:
     """How a model's images are prepared for evaluation: what is given, else what its file or timm says."""
     cfg = resolve_data_config({}, model=model)
-    recorded = getattr(model, "zoo_metadata", {})
     return dict(
-        eval_size=img_size or recorded.get("img_size") or cfg["input_size"][-1],
-        crop_pct=crop_pct or recorded.get("crop_pct") or cfg["crop_pct"],
-        eval_interpolation=interpolation or recorded.get("interpolation") or cfg["interpolation"],
+        eval_size=img_size or cfg["input_size"][-1],
+        crop_pct=crop_pct or cfg["crop_pct"],
+        eval_interpolation=interpolation or cfg["interpolation"],
         mean=cfg["mean"],
         std=cfg["std"],
     )
@@ -223,10 +222,7 @@ def train(
     forward_size = recipe.batch_size // (world * recipe.accumulate)
 
     train_set, val_set, left_out = _open_data(recipe, say)
-    if len(train_set) < recipe.batch_size:
-        raise ValueError(
-            f"{len(train_set)} training images are fewer than batch_size {recipe.batch_size}: use a smaller batch_size"
-        )
+    sampler = EpochSampler(len(train_set), forward_size, recipe.seed, rank, world, recipe.accumulate)
     seed_everything(recipe.seed)
     model, remarks = build_classifier(recipe, len(train_set.classes))
     for remark in remarks:
@@ -236,7 +232,6 @@ def train(
     val_set.transform = evaluation_transform(settings)
     task = _build_task(recipe, model, settings, train_set)
 
-    sampler = EpochSampler(len(train_set), forward_size, recipe.seed, rank, world)
     train_loader = make_loader(
         SeededDataset(train_set, recipe.seed),
         batch_size=forward_size,
@@ -260,9 +255,11 @@ def train(
             model_args=model.zoo_model_args,
             class_names=list(train_set.classes),
             multilabel=train_set.multilabel,
-            img_size=settings["eval_size"],
-            crop_pct=settings["crop_pct"],
-            interpolation=settings["eval_interpolation"],
+            input_config=dict(
+                input_size=(3, settings["eval_size"], settings["eval_size"]),
+                crop_pct=settings["crop_pct"],
+                interpolation=settings["eval_interpolation"],
+            ),
             **metadata,
         )
 

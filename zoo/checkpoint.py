@@ -273,8 +273,7 @@ def load_checkpoint(
     """
     source = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
-    own_names = model.state_dict().keys()
-    if content.keys() == own_names:
+    if _is_own_state(model, content):
         conversion = Conversion(dict(content))
     else:
         state = unwrap_state_dict(content, prefer_ema=prefer_ema)
@@ -311,6 +310,12 @@ def load_checkpoint(
         raise CheckpointError(_explain(model, source, state, report, classifier))
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def _is_own_state(model: nn.Module, content: Mapping) -> bool:
+    """Whether `content` is a state dict of this very model; another image size needs the family's translation."""
+    own = model.state_dict()
+    return content.keys() == own.keys() and all(getattr(content[n], "shape", None) == v.shape for n, v in own.items())
 
 
 def _classifier_differs(model: nn.Module, state: StateDict, classifier: tuple[str, ...]) -> bool:

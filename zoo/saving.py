@@ -27,6 +27,7 @@ def save_model(
     model_args: Mapping[str, Any] | None = None,
     class_names: list[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    input_config: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
     """Write the weights of a timm or zoo model to a safetensors file that `load_model` can rebuild it from.
@@ -39,6 +40,8 @@ def save_model(
         model_args: keyword arguments that the model was created with, besides `num_classes` and `in_chans`.
         class_names: what the outputs stand for, in order.
         state_dict: other weights for the same model (averaged ones, say); the model's own by default.
+        input_config: how images were prepared, where that differs from the model's pretrained cfg
+            (`input_size`, `crop_pct`, `interpolation`, ...).
         metadata: anything else of JSON type, such as the task or the metrics.
     """
     path = Path(path)
@@ -49,7 +52,8 @@ def save_model(
         "in_chans": getattr(model, "in_chans", 3),
         "model_args": dict(model_args or {}),
         "class_names": class_names,
-        "input": {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct") if k in cfg},
+        "input": {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct") if k in cfg}
+        | dict(input_config or {}),
         **metadata,
     }
     tensors = {
