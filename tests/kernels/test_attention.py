@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+
 from zoo.kernels.attention import (
     attention,
     attention_logits,
@@ -38,12 +39,10 @@ def arguments(bias, key_bias, masked, second, dtype=torch.float64, grad=True):
     return args
 
 
-@pytest.mark.parametrize(
-    ("bias", "key_bias", "masked", "second"),
-    itertools.product(
-        [None, (H, N, M), (B, 1, N, M)], [None, (H, M)], [False, True], [None, "plain", "biased"]
-    ),
-)
+@pytest.mark.parametrize("second", [None, "plain", "biased"])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("key_bias", [None, (H, M)])
+@pytest.mark.parametrize("bias", [None, (H, N, M), (B, 1, N, M)])
 def test_forward_and_every_gradient_equal_the_definition(bias, key_bias, masked, second):
     qkv = [draw(B, H, n, D) for n in (N, M, M)]
     args = arguments(bias, key_bias, masked, second)

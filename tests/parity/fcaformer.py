@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.kernels.attention import attention, attention_logits, mirror_offsets, relative_bias
 
 import zoo
 from tests.parity.golden import Case, fill_input, output_error, relative_error
@@ -21,6 +20,7 @@ from tests.parity.runner import BARS, GRADIENT_BAR, Check, NoSuchForm, NotUnders
 from zoo.fcaformer import FcaFormer, FcaFormerDense, block_name, zoo_name
 from zoo.fcaformer_blocks import ConvNorm, CrossAttention, FcaBlock
 from zoo.fcaformer_recipe import OptimizerRecipe, learning_rate, optimizer_groups
+from zoo.kernels.attention import attention, attention_logits, mirror_offsets, relative_bias
 
 _LAYERS = {"det": "detection", "seg": "segmentation", "cls": "none"}
 
