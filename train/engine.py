@@ -20,10 +20,11 @@ from zoo.train.schedules import learning_rate
 
 require("mmengine", extra="train")
 
+from mmengine.device import get_device  # noqa: E402
 from mmengine.dist import get_rank, is_main_process  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
-from mmengine.model import is_model_wrapper  # noqa: E402
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper  # noqa: E402
 from mmengine.optim import OptimWrapper  # noqa: E402
 from mmengine.runner import EpochBasedTrainLoop, Runner  # noqa: E402
 
@@ -259,6 +260,12 @@ class QuietRunner(Runner):
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
         return logger
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """DDP where there are several processes; mmengine itself names a GPU to it even on a CPU."""
+        if self.distributed and get_device() == "cpu":
+            return MMDistributedDataParallel(module=model, broadcast_buffers=False)
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def dump_config(self) -> None:
         """Nothing: the recipe is the configuration, and it is saved already."""

@@ -31,9 +31,9 @@ def seed_everything(seed: int) -> None:
 
 
 class EpochSampler(Sampler):
-    """A shuffled order a epoch, the same for every process, of which each process takes its share.
+    """A shuffled order for each epoch, the same in every process, of which each process takes its share.
 
-    Yields (epoch, index) pairs. Every process gets the same number of samples; the incomplete last batch of an
+    Yields (epoch, index) pairs. Every process gets the same number of samples; the incomplete last step of an
     epoch is left out (the next epoch has another order).
 
     Args:
@@ -42,27 +42,18 @@ class EpochSampler(Sampler):
         seed: seed of the order.
         rank: this process.
         world_size: number of processes.
-        drop_last: leave out the incomplete last batch (kept if there is no other).
+        accumulate: batches of one optimiser step, which an epoch never splits.
+
+    Raises:
+        ValueError: the data set is smaller than one optimiser step.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = True,
-    ):
-        self.size, self.batch_size, self.seed, self.rank, self.world_size = (
-            size,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
-        whole = batch_size * world_size
-        self.batches = size // whole if drop_last and size >= whole else -(-size // whole)
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1):
+        self.size, self.batch_size, self.seed, self.rank, self.world_size = size, batch_size, seed, rank, world_size
+        step = batch_size * world_size * accumulate
+        if size < step:
+            raise ValueError(f"{size} training images are fewer than batch_size {step}: use a smaller batch_size")
+        self.batches = size // step * accumulate
         self.epoch = 0
         self.start_batch = 0
 
@@ -76,7 +67,7 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.size, generator=generator).tolist()
-        # a step's images are consecutive in the order whatever the number of processes and of passes
+        # a step's images are consecutive in the order, whatever the number of processes and of passes
         own = order[: self.batches * self.batch_size * self.world_size][self.rank :: self.world_size]
         for index in own[self.start_batch * self.batch_size :]:
             yield self.epoch, index

@@ -40,7 +40,7 @@ from zoo.train.reports import Evaluation, draw_curves, write_report
 require("mmengine", extra="train")
 
 from mmengine.dataset import DefaultSampler  # noqa: E402
-from mmengine.dist import get_dist_info, init_dist, is_distributed, is_main_process  # noqa: E402
+from mmengine.dist import barrier, get_dist_info, init_dist, is_distributed, is_main_process  # noqa: E402
 from mmengine.evaluator import BaseMetric  # noqa: E402
 from mmengine.runner import Runner, ValLoop  # noqa: E402
 
@@ -211,6 +211,8 @@ def train(
     """
     folder = Path(recipe.out)
     _start_processes()
+    if not is_main_process():
+        say, quiet = (lambda line: None), True
     _claim_folder(folder, recipe, resume, say)
     device = pick_device(recipe.device)
     rank, world = get_dist_info()
@@ -297,7 +299,7 @@ def train(
             custom_hooks=hooks,
             resume=start_from is not None,
             load_from=str(start_from) if start_from else None,
-            launcher="none",
+            launcher="pytorch" if is_distributed() else "none",
             randomness=dict(seed=recipe.seed, deterministic=recipe.deterministic),
             # mmengine keeps one history for each name of an experiment: two runs must not share it
             experiment_name=f"{folder.name}_{uuid.uuid4().hex[:12]}",
@@ -337,10 +339,12 @@ def _start_processes() -> None:
     """Join the other processes where torchrun or Slurm started several."""
     if is_distributed():
         return
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-        init_dist("pytorch", backend="nccl" if torch.cuda.is_available() else "gloo")
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        init_dist("slurm", backend="nccl" if torch.cuda.is_available() else "gloo")
+    by_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    by_slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
+    if torch.cuda.is_available() and (by_torchrun or by_slurm):
+        init_dist("pytorch" if by_torchrun else "slurm", backend="nccl")
+    elif by_torchrun:
+        torch.distributed.init_process_group("gloo")  # mmengine's own start needs a GPU
 
 
 def _claim_folder(folder: Path, recipe: ClassificationRecipe, resume: bool, say: Callable[[str], None]) -> None:
@@ -354,6 +358,7 @@ def _claim_folder(folder: Path, recipe: ClassificationRecipe, resume: bool, say:
             raise ValueError(f"the run in {folder} had another recipe ({'; '.join(changed)}): give the same one")
     elif saved.is_file():
         raise ValueError(f"{folder} already holds a run: continue it with resume, or choose another folder")
+    barrier()  # every process has looked before the first one writes
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
         saved.write_text(recipe.to_json())
