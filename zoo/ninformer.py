@@ -47,6 +47,8 @@ from zoo.ninformer_blocks import FourierGate, MixerGate, NinBlock, fold_resampli
 
 __all__ = ["NinFormer", "constructor_arguments"]
 
+torch.fx.wrap("native_grid_maps")  # fx looks for wrapped functions in the caller's module
+
 
 class NinFormer(nn.Module):
     """NiNformer: tokens of one scale at the stride of the patches, (B, 3, H, W) -> logits."""
