@@ -72,7 +72,9 @@ def zoo_name(official: str, model: nn.Module) -> str | None:
             return None
         case ["cls_token"] if isinstance(model, SlabDeit) and model.cls_token is None:
             return None
-    return official if isinstance(model, SlabDeit) else _pyramid_name(official, model)
+    if isinstance(model, SlabDeit) or official.startswith(("stem.", "stages.", "norm.", "norms.", "head.fc.")):
+        return official
+    return _pyramid_name(official, model)
 
 
 def _pyramid_name(official: str, model: nn.Module) -> str:
@@ -226,7 +228,6 @@ def _cfg(**fields: Any) -> dict[str, Any]:
         crop_pct=0.875,
         first_conv="stem.conv",
         classifier="head.fc",
-        license="apache-2.0",
         origin_url="https://github.com/xinghaochen/SLAB",
         paper_ids="arXiv:2405.11582",
     )

@@ -33,7 +33,8 @@ def linear_blocks(attn_type: str, depths: Sequence[int]) -> list[list[bool]]:
         ValueError: not one letter for each stage, or "M" without a number.
     """
     letters, count = attn_type[: len(depths)], attn_type[len(depths) :]
-    if len(letters) != len(depths) or set(letters) - set("LSM") or (count != "" or "M" in letters) != count.isdigit():
+    known = len(letters) == len(depths) and set(letters) <= set("LSM")
+    if not known or (not count.isdigit() if "M" in letters else count != ""):
         raise ValueError(
             f"attn_type={attn_type!r}: pass one of L (linear), S (softmax) or M (mixed) for each of the "
             f"{len(depths)} stages, and after them, if there is an M, how many of its blocks are linear"
