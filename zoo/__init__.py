@@ -21,6 +21,7 @@ from zoo import (  # importing a family registers its models
     metaformer,
     ninformer,
     slab,
+    vim2,
 )
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
 from zoo.folding import fold
@@ -55,6 +56,7 @@ __all__ = [
     "predict",
     "read_image",
     "slab",
+    "vim2",
 ]
 
 
