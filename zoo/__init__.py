@@ -21,6 +21,7 @@ from zoo import (  # importing a family registers its models
     metaformer,
     ninformer,
     slab,
+    spartan,
     vim2,
 )
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
@@ -56,6 +57,7 @@ __all__ = [
     "predict",
     "read_image",
     "slab",
+    "spartan",
     "vim2",
 ]
 
