@@ -10,8 +10,9 @@ parameters without effect (SLAB-DeiT's class token, SLAB-CSwin's `scale`); count
 advance twice under activation checkpointing; all norms fold, without the error that the official merge makes in
 the patch embedding. As released, DeiT-T-PRepBN and Swin-T-PRepBN have RepBN alone: pass
 `norm_layer=partial(PRepBN, total_steps=...)` to train them as in the paper. `SlabSwinDense` is the authors'
-detection backbone. The hosts are in `slab_deit.py` and `slab_pyramids.py`, their blocks in `slab_attention.py` and
-`slab_blocks.py`, the norm in `prepbn.py`, learning rates and weight decay in `slab_recipe.py`.
+detection backbone. The hosts are in `slab_deit.py`, `slab_pyramids.py` and `slab_swin.py`, their attention in
+`slab_attention.py` and `slab_windows.py`, their blocks in `slab_blocks.py`, the norm in `prepbn.py`, learning rates
+and weight decay in `slab_recipe.py`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from zoo.prepbn import PRepBN, PRepBNSchedule, RepBN, gamma_at, recalibrate, rec
 from zoo.slab_attention import resample_position, resample_relative
 from zoo.slab_blocks import resample_map_position
 from zoo.slab_deit import SlabDeit
-from zoo.slab_pyramids import SlabCswin, SlabPvt, SlabPyramid, SlabSwin, SlabSwinDense, Stage
+from zoo.slab_pyramids import SlabCswin, SlabPvt, SlabPyramid, Stage
 from zoo.slab_recipe import LearningRates, learning_rate, optimizer_groups
+from zoo.slab_swin import SlabSwin, SlabSwinDense
 
 __all__ = [
     "LearningRates",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from zoo._timm import feature_take_indices, update_model_input_size
 from zoo.prepbn import PRepBN, checkpoint_block, fold_into_linear
-from zoo.slab_attention import Attention, WindowLinearAttention
+from zoo.slab_attention import Attention
 from zoo.slab_blocks import Block, init_weights
+from zoo.slab_windows import WindowLinearAttention
 
 
 @register_notrace_function

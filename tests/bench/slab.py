@@ -22,7 +22,7 @@ from torch import Tensor
 
 import zoo
 from zoo.kernels.linear_attention import linear_attention, reference
-from zoo.prepbn import RepBN
+from zoo.prepbn import PRepBN, RepBN, set_gamma
 
 MODELS = ("deit_t_prepbn", "slab_deit_t", "slab_pvt_t", "swin_t_prepbn", "slab_swin_t", "slab_cswin_t")
 
@@ -32,6 +32,12 @@ def as_written(norm: RepBN, x: Tensor) -> Tensor:
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
     y = norm.bn(tokens.transpose(1, 2)).transpose(1, 2) + norm.alpha * tokens
     return y.reshape(x.shape)
+
+
+def blend_as_written(norm: PRepBN, x: Tensor) -> Tensor:
+    """PRepBN of (B, N, C) in train mode as the authors compute it."""
+    gamma = norm.iter / norm.total_step
+    return gamma * norm.norm1(x) + (1 - gamma) * as_written(norm.norm2, x)
 
 
 def keys_first(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
@@ -84,6 +90,19 @@ def main() -> None:
                 if isinstance(norm, RepBN):
                     norm.forward = functools.partial(as_written, norm)
             compare(f"{what}, as written", lambda: plain(image), lambda: folded(image), args.rounds)  # noqa: B023
+    print(header.replace("unfolded", "written").replace("folded", "zoo's "))
+    for shape in ((8, 3136, 96), (8, 196, 384)):
+        norm = PRepBN(shape[-1], total_steps=2).train()
+        set_gamma(norm, 0.5)
+        tokens, weight = torch.randn(shape, requires_grad=True), torch.randn(shape)
+        what = f"training step of PRepBN, {list(shape)}"
+        compare(
+            what,
+            lambda: torch.autograd.grad(blend_as_written(norm, tokens), tokens, weight)[0],  # noqa: B023
+            lambda: torch.autograd.grad(norm(tokens), tokens, weight)[0],  # noqa: B023
+            args.rounds,
+        )
+    with torch.inference_mode():
         print(header.replace("unfolded", "  other ").replace("folded", "zoo's "))
         for heads, tokens, dim in ((3, 3136, 32), (6, 784, 32), (3, 196, 64)):
             q, k, v = torch.randn(4, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-import zoo.slab_attention as blocks
+import zoo.slab_attention
+import zoo.slab_windows
 from tests.parity.golden import Case, fill_input, output_error, relative_error
 from tests.parity.runner import BARS, GRADIENT_BAR, Check, NoSuchForm, NotUnderstood
 from zoo.kernels.linear_attention import linear_attention
@@ -30,17 +31,15 @@ from zoo.slab import slab_swin_dense, zoo_name
 from zoo.slab_attention import (
     SpatialReductionAttention,
     SpatialReductionLinearAttention,
-    Stripe,
-    WindowAttention,
-    WindowLinearAttention,
     resample_position,
     resample_relative,
-    split_windows,
 )
 from zoo.slab_blocks import PatchMerging
 from zoo.slab_deit import SlabDeit
-from zoo.slab_pyramids import SlabCswin, SlabPvt, SlabSwin, SlabSwinDense
+from zoo.slab_pyramids import SlabCswin, SlabPvt
 from zoo.slab_recipe import RECIPES, learning_rate, optimizer_groups
+from zoo.slab_swin import SlabSwin, SlabSwinDense
+from zoo.slab_windows import Stripe, WindowAttention, WindowLinearAttention, split_windows
 
 # measured noise of the authors' own train steps in float32: their worst tensor is at 9e-4
 STEP_BAR = {torch.float64: 1e-9, torch.float32: 5e-3}
@@ -409,8 +408,13 @@ def multiply_adds(model: nn.Module, image: list[int]) -> int:
             module.register_forward_pre_hook(count_padding)
         elif isinstance(module, Stripe) and module.linear:
             module.register_forward_pre_hook(count_lepe)
-    counted = dict(linear_attention=count_linear, attention=count_softmax, reference=count_softmax)
-    with torch.no_grad(), patch.multiple(blocks, **counted), FlopCounterMode(display=False) as counter:
+    softmax = dict(attention=count_softmax, reference=count_softmax)
+    with (
+        torch.no_grad(),
+        patch.multiple(zoo.slab_attention, linear_attention=count_linear, **softmax),
+        patch.multiple(zoo.slab_windows, **softmax),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(torch.zeros(1, *image, device="meta", dtype=next(model.parameters()).dtype))
     return counter.get_total_flops() // 2 + extra
 

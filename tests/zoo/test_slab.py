@@ -15,8 +15,8 @@ import zoo
 from zoo.checkpoint import CheckpointError
 from zoo.prepbn import PRepBN, PRepBNSchedule, RepBN, gamma_at, recalibrate, set_gamma
 from zoo.slab import slab_swin_dense
-from zoo.slab_attention import Stripe, WindowAttention, shift_mask
 from zoo.slab_recipe import LearningRates, optimizer_groups
+from zoo.slab_windows import Stripe, WindowAttention, shift_mask
 
 STAGES = dict(depths=(2, 1, 2, 1))
 TINY = {
