@@ -24,7 +24,7 @@ from mmengine.device import get_device  # noqa: E402
 from mmengine.dist import get_rank, is_main_process  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper  # noqa: E402
+from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel, is_model_wrapper  # noqa: E402
 from mmengine.optim import OptimWrapper  # noqa: E402
 from mmengine.runner import EpochBasedTrainLoop, Runner  # noqa: E402
 
@@ -81,6 +81,18 @@ class AutocastOptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, dtype=torch.bfloat16):
             yield
+
+
+class WarmEma(ExponentialMovingAverage):
+    """An exponential moving average that follows closely at first: decay min(d, (1 + t) / (10 + t)) at step t.
+
+    With a fixed decay the first, untrained weights would still count after hundreds of steps.
+    """
+
+    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> None:
+        """Move the average towards the source."""
+        steps = int(steps) // self.interval
+        averaged_param.lerp_(source_param, max(self.momentum, 1 - (1 + steps) / (10 + steps)))
 
 
 def build_optimizer(recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ from zoo.train.engine import (
     ProgressHook,
     QuietRunner,
     StepSeedHook,
+    WarmEma,
     build_optim_wrapper,
     build_optimizer,
     pick_device,
@@ -112,6 +113,8 @@ def build_classifier(recipe: ClassificationRecipe, num_classes: int) -> tuple[nn
     if recipe.checkpoint:
         report = load_checkpoint(model, recipe.checkpoint, head="fit")
         remarks = [f"{recipe.checkpoint}: {line}" for line in str(report).splitlines()]
+        if "classifier of the file was left out" in str(report):
+            _start_near_zero(model.get_classifier())
     if recipe.head_dropout:
         from zoo.metaformer import set_head_dropout
 
@@ -123,6 +126,15 @@ def build_classifier(recipe: ClassificationRecipe, num_classes: int) -> tuple[nn
         model.set_grad_checkpointing(True)
     model.zoo_model_args = {k: v for k, v in arguments.items() if k not in ("drop_path_rate", "drop_rate")}
     return model, remarks
+
+
+def _start_near_zero(classifier: nn.Module) -> None:
+    """Small weights for a new classifier: timm's own can give logits of +-10 (EfficientNet with few classes), whose
+    gradients would wreck the trained features before the classifier has learnt anything."""
+    if isinstance(classifier, nn.Linear):
+        nn.init.trunc_normal_(classifier.weight, std=0.01)
+        if classifier.bias is not None:
+            nn.init.zeros_(classifier.bias)
 
 
 def evaluation_settings(
@@ -283,7 +295,10 @@ def train(
     if recipe.ema_decay is not None:
         from mmengine.hooks import EMAHook
 
-        hooks.append(EMAHook(momentum=1 - recipe.ema_decay, interval=recipe.accumulate))
+        # buffers are averaged too: batch norm's statistics must belong to the averaged weights
+        hooks.append(
+            EMAHook(WarmEma, momentum=1 - recipe.ema_decay, interval=recipe.accumulate, update_buffers=True)
+        )
     start_from = _checkpoint_to_resume(folder, resume, say)
     with _mmengine_device(device):
         runner = QuietRunner(
