@@ -211,7 +211,7 @@ class SpaRTAN(nn.Module):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, ceil(H/4), ceil(W/4))."""
-        check_image_size(x, 2 ** (len(self.stages) + 1) - 3)
+        check_image_size(x, (2 << len(self.stages)) - 3)
         return self.stem(x)
 
     def forward_features(self, x: Tensor) -> Tensor:

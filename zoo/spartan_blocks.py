@@ -246,11 +246,6 @@ def add_projection(shortcut: Tensor, x: Tensor, gate: Tensor, weight: Tensor) ->
     return y.unflatten(1, (x.shape[1], x.shape[2]))
 
 
-def apply_channels_first(layer: nn.Module, x: Tensor) -> Tensor:
-    """A convolution or norm of a (B, H, W, C) map, without a copy."""
-    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class FoldedSpatialMixer(nn.Module):
     """`SpatialMixer` in eval mode, its sum with a residual stream included: (B, H, W, C) -> (B, H, W, C)."""
 
@@ -274,8 +269,9 @@ class FoldedSpatialMixer(nn.Module):
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """The norm's output and the residual stream, both (B, H, W, C) -> (B, H, W, C)."""
         y = self.proj_in(x) - self.proj_mean(x.mean((1, 2)))[:, None, None]
-        near = F.gelu(apply_channels_first(self.conv_near, y))
-        far = F.gelu(apply_channels_first(self.conv_far2, apply_channels_first(self.conv_far1, y)))
+        y = y.permute(0, 3, 1, 2)
+        near = F.gelu(self.conv_near(y).permute(0, 2, 3, 1))
+        far = F.gelu(self.conv_far2(self.conv_far1(y)).permute(0, 2, 3, 1))
         weight = self.proj_out.weight
         out = add_projection(shortcut + self.proj_out.bias, near, self.se_near(near), weight[:, : self.half])
         return add_projection(out, far, self.se_far(far), weight[:, self.half :])
@@ -346,11 +342,12 @@ class FoldedChannelMixer(nn.Module):
             first, second = x[..., : self.half], x[..., self.half :]
             second.addcmul_(first, self.shear)
             first.addcmul_(second, self.unshear)
-        elif self.mode == "rotate":
-            x = rotate(x.permute(0, 3, 1, 2), self.rotation).permute(0, 2, 3, 1)
-        y = apply_channels_first(self.conv, x)
+        x = x.permute(0, 3, 1, 2)
+        if self.mode == "rotate":
+            x = rotate(x, self.rotation)
+        y = self.conv(x).permute(0, 2, 3, 1)
         if self.conv_cross is not None:
-            cross = apply_channels_first(self.conv_cross, x)
+            cross = self.conv_cross(x).permute(0, 2, 3, 1)
             y[..., : self.half].add_(cross[..., self.half :])
             y[..., self.half :].add_(cross[..., : self.half])
         return y
@@ -378,8 +375,8 @@ class FoldedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        x = self.spatial(apply_channels_first(self.norm1, x), x)
-        return self.channel(apply_channels_first(self.norm2, x), x).permute(0, 3, 1, 2)
+        x = self.spatial(self.norm1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x)
+        return self.channel(self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x).permute(0, 3, 1, 2)
 
 
 def turn_weight(weight: Tensor, rotation: Tensor) -> Tensor:

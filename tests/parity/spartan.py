@@ -305,11 +305,14 @@ def _run_counts(case: Case) -> Iterator[Check]:
         head = sum(p.numel() for p in model.head.parameters())
         yield Check(f"{what} params", relative_error(count, record["params"]), 0)
         yield Check(f"{what} params_without_head", relative_error(count - head, record["params_without_head"]), 0)
+        inputs = _count_inputs(model)
         shape = (1, 3, record["size"], record["size"])
         macs = multiply_adds(model, lambda m, shape=shape: m(torch.zeros(shape, device="meta")))
         yield Check(f"{what} macs", relative_error(macs, record["macs"]), 0)
-        for mode in ("train", "eval"):
-            counted = macs + _norm_and_pool_counts(model, shape, mode == "train")
+        # fvcore adds norms per element, batch norm by mode, and one for each element that is averaged
+        others = macs + 5 * inputs["group norm"] + inputs["mean"]
+        for mode, factor in (("train", 5), ("eval", 2)):
+            counted = others + factor * inputs["batch norm"]
             yield Check(f"{what} fvcore_{mode}_mode", relative_error(counted, record[f"fvcore_{mode}_mode"]), 0)
     with torch.device("meta"):
         model = SpaRTAN()
@@ -324,29 +327,26 @@ def _run_counts(case: Case) -> Iterator[Check]:
         yield Check(f"{what} block0", float(len(expected ^ found)), 0)
 
 
-def _norm_and_pool_counts(model: nn.Module, shape: tuple[int, ...], training: bool) -> int:
-    """What fvcore adds to the multiply-adds: norms per element (batch norm 5 or, in eval mode, 2), pooling 1."""
-    model = copy.deepcopy(model)
-    total = 0
+def _count_inputs(model: nn.Module) -> dict[str, int]:
+    """Elements that enter norms and means in forward passes of `model` and of its copies from now on."""
+    totals = {"batch norm": 0, "group norm": 0, "mean": 0}
 
-    def count(factor: int) -> Callable:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal total
-            total += factor * args[0].numel()
+    def count(module: nn.Module, kind: str) -> None:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            totals[kind] += args[0].numel()
 
-        return hook
+        module.register_forward_pre_hook(add)
 
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_pre_hook(count(5 if training else 2))
+            count(module, "batch norm")
         elif isinstance(module, nn.GroupNorm):
-            module.register_forward_pre_hook(count(5))
+            count(module, "group norm")
         elif isinstance(module, SqueezeExcite | ClassifierHead):  # both begin with a mean over the map
-            module.register_forward_pre_hook(count(1))
+            count(module, "mean")
         elif isinstance(module, SpatialMixer):  # so does the decomposition behind its first layer
-            module.conv_near.register_forward_pre_hook(count(1))
-    model.eval()(torch.zeros(shape, device="meta"))
-    return total
+            count(module.conv_near, "mean")
+    return totals
 
 
 # Gradients and buffers
