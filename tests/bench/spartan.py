@@ -19,10 +19,10 @@ from collections.abc import Callable
 import timm
 import torch
 from torch import Tensor, nn
-from zoo.kernels.wave_gate import reference, wave_gate
 
 import zoo
 from zoo import spartan_blocks
+from zoo.kernels.wave_gate import reference, wave_gate
 
 
 def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
