@@ -381,7 +381,7 @@ def multiply_adds(model: nn.Module, image: list[int]) -> int:
     model = copy.deepcopy(model).to("meta").eval()
     extra = 0
 
-    def count_linear(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    def count_linear(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
         nonlocal extra
         batch, n, m, d, e = q.shape[0] * q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
         keys_first = n * m * (d + e) > d * e * (n + m)
