@@ -8,6 +8,7 @@ from timm.optim import param_groups_weight_decay
 from timm.utils.model import reparameterize_model
 
 import zoo
+from zoo import spartan_blocks
 from zoo.spartan import SpaRTAN, learning_rate, model_arguments, spartan_from_checkpoint
 from zoo.spartan_blocks import ChannelMixer, FoldedBlock, SpartanBlock, SpatialMixer, turn_weight
 
@@ -181,6 +182,17 @@ def test_every_form_of_block_folds_exactly(early, ratio):
     folded = zoo.fold(block)
     assert isinstance(folded, FoldedBlock)
     torch.testing.assert_close(folded(x), block(x), rtol=0, atol=1e-12)
+
+
+def test_a_few_images_at_a_time_give_what_all_at_once_give(monkeypatch):
+    folded, x = zoo.fold(tiny()), image(64, 64, batch=5)
+    monkeypatch.setattr(spartan_blocks, "CACHED_ELEMENTS", 2**40)
+    expected = folded(x)
+    monkeypatch.setattr(spartan_blocks, "CACHED_ELEMENTS", 2 * 64 * 16 * 16)  # two images in the first stage
+    assert folded.stages[0].blocks[0].images_at_once(torch.empty(5, 16, 16, 16)) == 2 * torch.get_num_threads()
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-12)
+    x = image(40, 50, batch=0)
+    assert folded(x).shape == (0, 5)
 
 
 def test_folded_model_keeps_gradients_of_its_input():
