@@ -289,7 +289,8 @@ class FoldedChannelMixer(nn.Module):
 
     (the members of a pair change places where |beta| > |alpha|, so that |t| <= 1). Groups of one pair take the
     factors into their weights and become two depthwise convolutions: within a channel, and between the channels of
-    a pair. Wider groups of whole pairs take the factors in; groups of odd width do not hold whole pairs.
+    a pair. Wider groups of whole pairs take the factors in; groups of odd width do not hold whole pairs. On CPU both
+    reordered forms took less than half the time of a grouped convolution with the factors in its weights.
     """
 
     mode: torch.jit.Final[str]
@@ -364,8 +365,8 @@ class FoldedChannelMixer(nn.Module):
 class FoldedBlock(nn.Module):
     """`SpartanBlock` in eval mode: (B, C, H, W) -> (B, C, H, W).
 
-    On CPU, images whose waves together outgrow the caches are computed a few at a time, which took two thirds of the
-    time in the early stages. Scripted, traced, compiled and exported forms compute all of them at once.
+    On CPU, images whose waves together outgrow the caches are computed a few at a time, which took 0.7 of the time in
+    the early stages. Scripted, traced, compiled and exported forms compute all of them at once.
     """
 
     def __init__(self, block: SpartanBlock):
