@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.scan_steps import scan_steps, scan_steps_backward, working_dtype
+from zoo.kernels.scan_steps import scan_steps, scan_steps_backward, softplus, working_dtype
 
 __all__ = ["channel_orders", "channel_scan", "reference"]
 
@@ -132,7 +132,7 @@ class _Tile:
         self.conv = self.convolve(self.ordered, self.filters, 1) + self.bias
         self.u = F.silu(self.conv)
         self.raw = torch.addcmul(self.q, self.p, self.u)
-        self.d = F.softplus(self.raw)
+        self.d = softplus(self.raw)
         self.v = self.u.square().mul_(self.d)
 
     def reorder(self, x: Tensor, order: Tensor) -> Tensor:

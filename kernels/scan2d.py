@@ -20,10 +20,9 @@ projection. To stay near that
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.scan_steps import num_segments, scan_steps, scan_steps_backward, working_dtype
+from zoo.kernels.scan_steps import num_segments, scan_steps, scan_steps_backward, softplus, working_dtype
 
 __all__ = ["cross_merge", "cross_scan", "reference", "scan2d", "scan_orders"]
 
@@ -145,7 +144,8 @@ class _Scan:
         """u (T, 4, D), r by direction (4, T, R), raw step sizes (T, 4, D), B and C (T, 4, N) of some steps."""
         r, B, C = self.projected[s:e].split([self.rank, self.N, self.N], dim=2)
         r = r.transpose(0, 1)
-        raw = torch.baddbmm(self.bias_k.unsqueeze(1), r, self.expand_k).transpose(0, 1)
+        raw = self.x.new_empty(e - s, 4, self.dim)  # step-first in memory
+        torch.add(torch.bmm(r, self.expand_k).transpose(0, 1), self.bias_k, out=raw)
         return self.gather(self.x, s, e), r, raw, B, C
 
     def add_to_maps(self, maps: Tensor, s: int, e: int, values: Tensor) -> None:
@@ -189,7 +189,7 @@ def _scan2d(
 
             def inputs(s: int, e: int, scan=scan, current=current):
                 u, _, raw, B, C = scan.parts(s, e)
-                delta = F.softplus(raw)
+                delta = softplus(raw)
                 current[:] = [u]
                 return delta, delta * u, B, C
 
@@ -236,7 +236,7 @@ def _scan2d_backward(
 
             def inputs(s: int, e: int, scan=scan, current=current):
                 u, r, raw, B, C = scan.parts(s, e)
-                delta = F.softplus(raw)
+                delta = softplus(raw)
                 current[:] = [u, r, raw, delta]
                 return delta, delta * u, B, C
 

@@ -4,7 +4,7 @@ Tensors are step-first: a step has G groups, each with its own B_t and C_t and w
 the state of a step is (G, N, D). A step costs about 7 G N D FLOPs forward, and 3 times as many backward.
 
 What a CPU pays for is memory traffic and calls, so the steps are taken in chunks whose decays and states fit
-into the cache: decays, inputs and outputs of a chunk are a few batched products, and only
+into the cache: the decays, inputs and outputs of a chunk are a few batched products, and only
 `state = input + decay * previous` is one call a step. That was twice as fast as a loop that does all of a step
 at a time, and 8 times as fast as materialising all steps (tests/bench/vim2.py). Nothing of the size of all
 states ever exists: the forward pass keeps the state at the borders of segments, the backward pass recomputes
@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**17  # states of one chunk: 0.5 MB in float32, twice (decays and states) in a core's cache
@@ -56,21 +57,21 @@ def scan_steps(
     state = G * N * rows
     segment = segment_length(state)
     chunk = min(max(1, CHUNK_ELEMENTS // max(1, state)), segment, max(1, length))
-    decays, states = (A.new_empty(chunk, G, N, rows) for _ in range(2))
-    y = A.new_empty(chunk, G, 1, rows)
+    work = _Work(A, chunk, rows)
+    y = A.new_empty(min(segment, max(1, length)), G, 1, rows)
     h = A.new_zeros(G, N, rows)
     borders = A.new_empty(num_segments(length, state), G, N, rows)
     for i, border in enumerate(borders):
         border.copy_(h)
-        stop = min(length, (i + 1) * segment)
-        for s in range(i * segment, stop, chunk):
-            e = min(stop, s + chunk)
-            T = e - s
-            d, v, B, C = inputs(s, e)
-            last = _advance(h, d, v, A, B, decays[:T], states[:T])
-            torch.matmul(C.unsqueeze(2), states[:T], out=y[:T])
-            emit(s, e, y[:T, :, 0])
+        s, e = i * segment, min(length, (i + 1) * segment)
+        d, v, B, C = inputs(s, e)
+        C = C.unsqueeze(2)
+        for first in range(0, e - s, chunk):
+            part = slice(first, min(e - s, first + chunk))
+            states, last = work.advance(h, d[part], v[part], B[part])
+            torch.matmul(C[part], states, out=y[part])
             h.copy_(last)
+        emit(s, e, y[: e - s, :, 0])
     return borders, h
 
 
@@ -102,22 +103,23 @@ def scan_steps_backward(
     G, N = A.shape[:2]
     segment = segment_length(G * N * rows)
     steps = min(segment, max(1, length))
-    decays, states, grads = (A.new_empty(steps, G, N, rows) for _ in range(3))
+    work = _Work(A, steps, rows)
+    grads = A.new_empty(steps, G, N, rows)
+    step_grads = grads.unbind(0)
     carry = A.new_zeros(G, N, rows) if last_grad is None else last_grad.to(A.dtype, copy=True)
     dA = A.new_zeros(G, N, rows)
     for i in reversed(range(len(borders))):
         s, e = i * segment, min(length, (i + 1) * segment)
         T = e - s
         d, v, B, C = inputs(s, e)
-        decay, state, grad = decays[:T], states[:T], grads[:T]
-        _advance(borders[i], d, v, A, B, decay, state)
+        state, _ = work.advance(borders[i], d, v, B)
+        decay, grad = work.decays[:T], grads[:T]
         dy = output_grad(s, e)
         # grad_t = C_t dy_t + exp(d_{t+1} A) grad_{t+1}
         torch.mul(C.unsqueeze(3), dy.unsqueeze(2), out=grad)
         grad[-1] += carry
-        later = grad[-1]
-        for step, next_decay in zip(reversed(grad[:-1].unbind(0)), reversed(decay[1:].unbind(0))):
-            later = step.addcmul_(next_decay, later)
+        for t in range(T - 2, -1, -1):
+            step_grads[t].addcmul_(work.step_decays[t + 1], step_grads[t + 1])
         torch.mul(decay[0], grad[0], out=carry)
         dC = torch.matmul(state, dy.unsqueeze(3)).squeeze(3)
         dB = torch.matmul(grad, v.unsqueeze(3)).squeeze(3)
@@ -132,17 +134,35 @@ def scan_steps_backward(
     return dA
 
 
-def _advance(h: Tensor, d: Tensor, v: Tensor, A: Tensor, B: Tensor, decays: Tensor, states: Tensor) -> Tensor:
-    """Fill decays exp(d A) and states (T, G, N, D) of a chunk that starts from `h`; returns the last state."""
-    torch.mul(d.unsqueeze(2), A, out=decays)
-    floor = math.log(torch.finfo(A.dtype).tiny)
-    if float(d.max()) * float(A.min()) < floor:
-        decays.clamp_(min=floor)  # exp is 100 times slower where its result is denormal or zero
-    decays.exp_()
-    torch.mul(v.unsqueeze(2), B.unsqueeze(3), out=states)
-    for decay, state in zip(decays.unbind(0), states.unbind(0)):
-        h = state.addcmul_(decay, h)
-    return h
+class _Work:
+    """Room for the decays and states of some steps, (T, G, N, D), and its views by step."""
+
+    def __init__(self, A: Tensor, steps: int, rows: int):
+        self.A = A
+        self.decays, self.states = (A.new_empty(steps, *A.shape[:2], rows) for _ in range(2))
+        self.step_decays, self.step_states = self.decays.unbind(0), self.states.unbind(0)
+        self.fastest = float(A.min()) if A.numel() else 0.0
+        self.floor = math.log(torch.finfo(A.dtype).tiny)
+
+    def advance(self, h: Tensor, d: Tensor, v: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill in the steps that follow the state `h`; returns their states and the last of these."""
+        T = d.shape[0]
+        decays, states = self.decays[:T], self.states[:T]
+        torch.mul(d.unsqueeze(2), self.A, out=decays)
+        if float(d.max()) * self.fastest < self.floor:
+            decays.clamp_(min=self.floor)  # exp is 100 times slower where its result is denormal or zero
+        decays.exp_()
+        torch.mul(v.unsqueeze(2), B.unsqueeze(3), out=states)
+        for t in range(T):
+            h = self.step_states[t].addcmul_(self.step_decays[t], h)
+        return states, h
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), x itself above 20 as in torch, whose own function takes 5 times as long on a CPU."""
+    if x.numel() and not float(x.max()) <= 20:
+        return F.softplus(x)
+    return torch.exp(x).log1p_()
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
