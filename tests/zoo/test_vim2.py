@@ -173,7 +173,7 @@ def test_each_mixer_reads_all_earlier_outputs_of_its_stage():
     expected = 5 * maps[0] + 2 * maps[1] + 3 * maps[2] + 5 * maps[3]
     torch.testing.assert_close(average(maps[:3], [maps[0], maps[3]]), expected)
     counts = [(b.average.alpha.shape[1], b.average.beta.shape[1]) for b in tiny().stages[2].blocks]
-    assert counts == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)][: len(counts)] or counts[-1][0] + counts[-1][1] == 6
+    assert counts == [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]  # T C T C T
 
 
 @pytest.mark.parametrize("options", [{}, dict(channel_mixer="dense"), VMAMBA])
@@ -181,7 +181,7 @@ def test_export_compile_and_script_equal_eager(options):
     model, x = tiny(**options), image(40, 36)
     expected = model(x)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")(x), expected)
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
 
 
@@ -197,11 +197,12 @@ def test_export_with_a_free_batch_and_image_size():
 
 
 def test_compiled_training_step_has_the_eager_gradients():
-    model, x = tiny().train(), image(36, 40, 2)
+    two_stages = {n: TINY[n][:2] for n in ("dims", "token_depths", "channel_depths", "channel_expand")}
+    model, x = tiny(**two_stages).train(), image(36, 40, 2)
     model(x).square().sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")(x).square().sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name)
 
