@@ -74,15 +74,18 @@ class EpochSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A data set whose random transform is seeded for each (epoch, index); gives (image, target, index).
+    """A data set whose random transform is seeded for each (epoch, index); gives (image, target, key).
+
+    The key is the same for the same image under the same random transform.
 
     Args:
         dataset: map-style, with its transform; gives (image, target).
         seed: of the run.
+        views: how many random transforms an image has before they repeat; endless if None.
     """
 
-    def __init__(self, dataset: Sized, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Sized, seed: int, views: int | None = None):
+        self.dataset, self.seed, self.views = dataset, seed, views
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -94,9 +97,10 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, index = key
-        seed_everything(derive_seed(self.seed, epoch, index))
+        view = epoch % self.views if self.views else epoch
+        seed_everything(derive_seed(self.seed, view, index))
         image, target = self.dataset[index]
-        return image, target, index
+        return image, target, view * len(self.dataset) + index
 
 
 class EvaluationDataset(Dataset):
@@ -119,18 +123,18 @@ class EvaluationDataset(Dataset):
 
 
 def collate(samples: list[tuple]) -> dict[str, torch.Tensor]:
-    """A batch: `inputs` uint8 or float (B, 3, H, W), `targets` (B,) int64 or (B, classes) float, `indices` (B,).
+    """A batch: `inputs` uint8 or float (B, 3, H, W), `targets` (B,) int64 or (B, classes) float, `keys` (B,) int64.
 
     Images stay uint8 on their way between processes, a quarter of the bytes; they are normalised on the device.
     """
-    images, targets, indices = zip(*samples)
+    images, targets, keys = zip(*samples)
     inputs = torch.stack([torch.as_tensor(image) for image in images])
     first = targets[0]
     if isinstance(first, (int, np.integer)):
         labels = torch.tensor(targets, dtype=torch.int64)
     else:
         labels = torch.stack([torch.as_tensor(t, dtype=torch.float32) for t in targets])
-    return {"inputs": inputs, "targets": labels, "indices": torch.tensor(indices)}
+    return {"inputs": inputs, "targets": labels, "keys": torch.tensor(keys)}
 
 
 def _one_thread(worker: int) -> None:

@@ -62,6 +62,9 @@ class ClassificationRecipe:
     teacher: str | None = _option(None, "distil from this zoo weight file (any model trained on the same classes)")
     distill_weight: float = _option(0.7, "weight of the teacher's soft labels against the true labels")
     distill_temperature: float = _option(2.0, "temperature of the soft labels")
+    distill_views: int | None = _option(
+        None, "draw only so many different crops of an image, and ask the teacher about each once (no mixup)"
+    )
     # --- optimisation ----------------------------------------------------------------------------------
     epochs: int = _option(30, "passes over the training set, warm-up included, cool-down not")
     cooldown_epochs: int = _option(0, "further epochs at the final learning rate")
@@ -139,6 +142,12 @@ class ClassificationRecipe:
         _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
         _check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1")
         _check(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        _check(
+            not (self.distill_views and (self.mixup or self.cutmix)),
+            "distill_views",
+            self.distill_views,
+            "unset while mixup or cutmix is on: mixed images are never seen twice",
+        )
         _check(
             not (self.pretrained and self.checkpoint),
             "checkpoint",

@@ -247,7 +247,7 @@ def train(
     task = _build_task(recipe, model, settings, train_set)
 
     train_loader = make_loader(
-        SeededDataset(train_set, recipe.seed),
+        SeededDataset(train_set, recipe.seed, recipe.distill_views if recipe.teacher else None),
         batch_size=forward_size,
         workers=recipe.workers,
         sampler=sampler,
@@ -296,9 +296,7 @@ def train(
         from mmengine.hooks import EMAHook
 
         # buffers are averaged too: batch norm's statistics must belong to the averaged weights
-        hooks.append(
-            EMAHook(WarmEma, momentum=1 - recipe.ema_decay, interval=recipe.accumulate, update_buffers=True)
-        )
+        hooks.append(EMAHook(WarmEma, momentum=1 - recipe.ema_decay, interval=recipe.accumulate, update_buffers=True))
     start_from = _checkpoint_to_resume(folder, resume, say)
     with _mmengine_device(device):
         runner = QuietRunner(
@@ -443,6 +441,7 @@ def _build_task(recipe: ClassificationRecipe, model: nn.Module, settings: dict, 
         teacher=teacher,
         distill_weight=recipe.distill_weight,
         distill_temperature=recipe.distill_temperature,
+        remember_teacher=bool(recipe.distill_views),
     )
     if recipe.compile:
         model.compile()  # in place: state dict and attributes stay as they are

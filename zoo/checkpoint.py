@@ -14,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -33,6 +34,9 @@ StateDict = dict[str, Tensor]
 _EMA_KEYS = ("state_dict_ema", "model_ema", "params_ema", "ema")
 _WEIGHT_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "params", "net")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# Configuration objects that some released files carry, read as the plain mappings that they are: the stand-in
+# takes the place of the named class, whose own code is neither imported nor run.
+_STAND_INS = [(OrderedDict, "yacs.config.CfgNode")]
 _LISTED = 12  # names shown of each kind in an error; the report object holds all of them
 
 
@@ -156,7 +160,8 @@ def read_checkpoint(path: str | PathLike) -> dict:
                 f"{path} is not a readable safetensors file (truncated?): {error}; download it again"
             ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_STAND_INS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "nsupported global" in str(error) or "not an allowed global" in str(error) or "GLOBAL" in str(error):
             raise CheckpointError(

@@ -18,7 +18,6 @@ and weight decay in `slab_recipe.py`.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -55,11 +54,6 @@ __all__ = [
     "set_gamma",
     "slab_swin_dense",
 ]
-
-# The released files hold their configuration as an object of yacs; read as the plain mapping that it is, it
-# needs no code.
-torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
-
 
 # Official names -> zoo's
 

@@ -25,9 +25,9 @@ def test_a_nan_loss_stops_before_the_weights_and_says_where_the_last_good_ones_a
     original = Classification.loss
     calls = []
 
-    def poisoned(self, logits, inputs, targets):
+    def poisoned(self, logits, inputs, targets, keys=None):
         calls.append(1)
-        return original(self, logits, inputs, targets) * (float("nan") if len(calls) == 7 else 1.0)
+        return original(self, logits, inputs, targets, keys) * (float("nan") if len(calls) == 7 else 1.0)
 
     monkeypatch.setattr(Classification, "loss", poisoned)
     with pytest.raises(TrainingError, match=r"the loss is nan at epoch 2, step 7 .*--clip-grad") as failure:
