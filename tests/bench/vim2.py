@@ -26,6 +26,7 @@ from torch import Tensor
 from zoo import vim2_blocks
 from zoo.kernels.channel_scan import channel_orders, channel_scan
 from zoo.kernels.scan2d import cross_merge, cross_scan, scan2d
+from zoo.kernels.scan_steps import scan_steps
 
 
 def materialised_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -101,6 +102,43 @@ def alternate(function: Callable, names: list[str], rounds: int) -> dict[str, li
     return times
 
 
+def step_loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """A scan of (L, G, D) that does all of a step at a time, the state (G, N, D) staying in the cache."""
+    h, decay, y = torch.zeros_like(A), torch.empty_like(A), torch.empty_like(u)
+    v = delta * u
+    for t in range(len(u)):
+        torch.mul(A, delta[t].unsqueeze(1), out=decay).exp_()
+        h.mul_(decay).addcmul_(B[t].unsqueeze(2), v[t].unsqueeze(1))
+        torch.bmm(C[t].unsqueeze(1), h, out=y[t].unsqueeze(1))
+    return y
+
+
+def time_scans(groups: int, rows: int, length: int, rounds: int, states: int = 16) -> None:
+    """`scan_steps` against the loop over steps, forward, for one mixer's shapes."""
+    A = -torch.rand(groups, states, rows) * states
+    u, delta = torch.randn(length, groups, rows), 0.1 * torch.rand(length, groups, rows)
+    B, C = torch.randn(2, length, groups, states)
+    y = torch.empty_like(u)
+
+    def chunked() -> None:
+        def inputs(s: int, e: int):
+            return delta[s:e], delta[s:e] * u[s:e], B[s:e], C[s:e]
+
+        scan_steps(length, A, rows, inputs, lambda s, e, out: y[s:e].copy_(out))
+
+    chunked()
+    assert (y - step_loop(u, delta, A, B, C)).abs().max() < 1e-3
+    times: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for function, taken in zip((lambda: step_loop(u, delta, A, B, C), chunked), times):
+            start = time.process_time()
+            function()
+            taken.append(1e3 * (time.process_time() - start))
+    loop, chunks = (statistics.median(taken) for taken in times)
+    shape = f"{groups} x {rows} rows, {length} steps"
+    print(f"scan of {shape}: loop {loop:.0f} ms, zoo {chunks:.0f} ms, {loop / chunks:.2f}x")
+
+
 def _status(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
@@ -156,6 +194,8 @@ def main() -> None:
             median = statistics.median(taken)
             spread = f"{min(taken):.0f}-{max(taken):.0f}"
             print(f"{function.__name__} at {size}, batch 1, {name}: {median:.0f} ms ({spread}), {base / median:.2f}x")
+    for shape in ((4, 192, 3136), (4, 384, 784), (4, 768, 196), (4, 1536, 49)):
+        time_scans(*shape, rounds=2 * args.rounds + 1)
     for training, size in ((False, 224), (True, args.train_size)):
         peaks = {name: peak_memory(name, args.model, size, training) for name in names}
         what = "training step" if training else "inference"

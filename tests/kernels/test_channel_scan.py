@@ -52,11 +52,12 @@ def test_segment_borders_change_nothing(width):
     assert_equal(arguments((3,), width, 1))
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 5])  # below 4 the state is updated in place
 @pytest.mark.parametrize("pixels", [15, 16, 17, 33])
-def test_tiles_and_short_segments_change_nothing(pixels, monkeypatch):
+def test_tiles_and_short_segments_change_nothing(pixels, chunk, monkeypatch):
     monkeypatch.setattr(module, "_TILE_ELEMENTS", 1)  # the smallest tiles, 16 pixels
     monkeypatch.setattr(scan_steps, "SEGMENT_ELEMENTS", 1)
-    monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", chunk * 4 * 4 * 16)
     assert_equal(arguments((pixels,), 18, 2))
 
 

@@ -50,10 +50,11 @@ def test_output_and_gradients_equal_the_definition(length):
     assert_equal(arguments(2, 6, 3, 4, length), softplus=True)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 5])  # below 4 the state is updated in place
 @pytest.mark.parametrize("length", [7, 8, 9, 16, 25])
-def test_segments_and_chunks_of_a_few_steps_change_nothing(length, monkeypatch):
+def test_segments_and_chunks_of_a_few_steps_change_nothing(length, chunk, monkeypatch):
     monkeypatch.setattr(scan_steps, "SEGMENT_ELEMENTS", 1)  # the shortest segments, 8 steps
-    monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", 3 * 4 * 5)
+    monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", chunk * 4 * 5)
     assert scan_steps.num_segments(length, 20) == -(-length // 8)
     assert_equal(arguments(2, 4, 2, 5, length), softplus=True)
 
