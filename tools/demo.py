@@ -42,9 +42,8 @@ def main() -> int:
             channels_last=True,
         )
     )
-    print(
-        f"\n2. distil it into a small AsCAN that starts from random weights ({time.perf_counter() - start:.0f} s so far)"
-    )
+    elapsed = time.perf_counter() - start
+    print(f"\n2. distil it into a small AsCAN that starts from random weights ({elapsed:.0f} s so far)")
     student = train(
         find_recipe("scratch")(
             model="ascan_tiny",

@@ -54,9 +54,18 @@ def timm_rate(name: str, args: dict, size: int, workers: int) -> float:
     model = timm.create_model(name, num_classes=10, img_size=size, **args).train()
     dataset = create_dataset("", root=str(DATA), split="train", is_training=True)
     loader = create_loader(
-        dataset, (3, size, size), 32, is_training=True, num_workers=workers, use_prefetcher=False,
-        persistent_workers=True,        color_jitter=0.4, interpolation="bicubic", device=torch.device("cpu"), pin_memory=False,
-    )  # fmt: skip
+        dataset,
+        (3, size, size),
+        32,
+        is_training=True,
+        num_workers=workers,
+        use_prefetcher=False,
+        persistent_workers=True,
+        color_jitter=0.4,
+        interpolation="bicubic",
+        device=torch.device("cpu"),
+        pin_memory=False,
+    )
     optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-4, weight_decay=0.05)
     for _ in range(2):
         images, start = 0, time.perf_counter()
