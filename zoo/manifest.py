@@ -21,7 +21,7 @@ class Weights:
     """One released (or promised) checkpoint of a paper.
 
     `model` is a registered name, `tag` its timm tag. `access` says how the file can be had: `url` (direct),
-    `hub` (huggingface), `drive` (by hand, through a browser), `dead` (the link is gone), `unreleased`,
+    `hub` (huggingface), `drive` (a Google Drive or Baidu link, by hand, through a browser), `dead` (the link is gone), `unreleased`,
     `packaged` (inside zoo). `claimed` and `measured` map metric names to values; `measured` stays empty
     until zoo measured it.
     """
@@ -96,7 +96,7 @@ def pretrained_state_dict(variant: str, cfg: Mapping[str, Any]) -> StateDict:
 
 
 _REASONS = {
-    "drive": "are on Google Drive only, which needs a browser ({where})",
+    "drive": "can be had through a browser only ({where})",
     "dead": "are gone: the authors' link is dead ({where})",
     "unreleased": "were never released by the authors",
 }
