@@ -32,6 +32,7 @@ class ClassificationPreprocessor(BaseDataPreprocessor):
         std: of the channels, in 0..1.
         mixup: timm's mixup, or None.
         random_erasing: probability.
+        erasing_mode: erase with noise ("pixel"), one random colour ("rand") or zeros ("const").
         channels_last: give the batch in NHWC memory order.
     """
 
@@ -42,6 +43,7 @@ class ClassificationPreprocessor(BaseDataPreprocessor):
         *,
         mixup: Mixup | None = None,
         random_erasing: float = 0.0,
+        erasing_mode: str = "pixel",
         channels_last: bool = False,
     ):
         super().__init__()
@@ -49,6 +51,7 @@ class ClassificationPreprocessor(BaseDataPreprocessor):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.mixup = mixup
         self.random_erasing = random_erasing
+        self.erasing_mode = erasing_mode
         self.channels_last = channels_last
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -57,14 +60,14 @@ class ClassificationPreprocessor(BaseDataPreprocessor):
             images = images.to(self.mean.dtype).div_(255)
         return images.sub(self.mean).div_(self.std)
 
-    def forward(self, data: dict[str, Tensor], training: bool = False) -> dict[str, Tensor]:
-        """Move a batch to the device and prepare it for the model."""
+    def forward(self, data: dict[str, Tensor], training: bool = False, mix: bool = True) -> dict[str, Tensor]:
+        """Move a batch to the device and prepare it for the model; in training erase and, with `mix`, mix it."""
         data = self.cast_data(data)
         inputs, targets = self.normalize(data["inputs"]), data["targets"]
         if training and self.random_erasing:
-            erase = RandomErasing(probability=self.random_erasing, mode="pixel", device=inputs.device)
+            erase = RandomErasing(probability=self.random_erasing, mode=self.erasing_mode, device=inputs.device)
             inputs = erase(inputs)
-        if training and self.mixup is not None:
+        if training and mix and self.mixup is not None:
             inputs, targets = self._mix(inputs, targets)
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)

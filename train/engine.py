@@ -9,12 +9,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import timm
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 from tqdm import tqdm
 
 from zoo.extras import require
+from zoo.prepbn import PRepBN, PRepBNSchedule, recalibrating
 from zoo.train.loading import derive_seed, seed_everything
 from zoo.train.schedules import learning_rate
 
@@ -33,8 +35,13 @@ class ExactTrainLoop(EpochBasedTrainLoop):
     """An epoch loop that continues at the very step where the checkpoint was taken.
 
     mmengine begins the interrupted epoch again; here the sampler skips the batches that were already used,
-    and an evaluation that was due when the run died is made up for.
+    and an evaluation that was due when the run died is made up for. The last `recalibrate_epochs` update no
+    weights, they renew BatchNorm's statistics on the augmented, unmixed images (see `zoo.prepbn.recalibrating`).
     """
+
+    def __init__(self, *args, recalibrate_epochs: int = 0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recalibrate_epochs = recalibrate_epochs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,11 +72,31 @@ class ExactTrainLoop(EpochBasedTrainLoop):
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 
+    def run_iter(self, idx: int, data_batch: dict) -> None:
+        """One forward pass, and an update after `accumulate` of them."""
+        if self._epoch < self._max_epochs - self.recalibrate_epochs:
+            return super().run_iter(idx, data_batch)
+        self.runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        outputs = {"loss": self._renew_statistics(data_batch)}
+        self.runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
+
+    def _renew_statistics(self, data_batch: dict) -> torch.Tensor:
+        task = unwrapped(self.runner.model)
+        batch = task.data_preprocessor(data_batch, training=True, mix=False)
+        with self.runner.optim_wrapper.optim_context(self.runner.model), recalibrating(task.model):
+            return task(**batch, mode="loss")["loss"]
+
     def _validate(self) -> None:
         due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
         if self.runner.val_loop is not None and due:
             self.runner.val_loop.run()
         self.runner.message_hub.update_info("validated_epoch", self._epoch)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The task itself, without the wrapper of distributed training."""
+    return model.module if is_model_wrapper(model) else model
 
 
 class AutocastOptimWrapper(OptimWrapper):
@@ -86,8 +113,16 @@ class AutocastOptimWrapper(OptimWrapper):
 class WarmEma(ExponentialMovingAverage):
     """An exponential moving average that follows closely at first: decay min(d, (1 + t) / (10 + t)) at step t.
 
-    With a fixed decay the first, untrained weights would still count after hundreds of steps.
+    With a fixed decay the first, untrained weights would still count after hundreds of steps. Counters (batches seen
+    by BatchNorm, steps of PRepBN) are copied: they have no average.
     """
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take a step."""
+        super().update_parameters(model)
+        for averaged, source in zip(self.module.buffers(), model.buffers()):
+            if not averaged.is_floating_point():
+                averaged.copy_(source)
 
     def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> None:
         """Move the average towards the source."""
@@ -96,13 +131,15 @@ class WarmEma(ExponentialMovingAverage):
 
 
 def build_optimizer(recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser for a recipe, with its rules for weight decay and layer-wise learning rates."""
+    """timm's optimiser for a recipe, with timm's or the family's rules for weight decay and learning rates."""
     options = {}
+    if recipe.param_groups == "family":
+        options["param_group_fn"] = lambda model: family_groups(recipe, model)
     if recipe.betas is not None:
         options["betas"] = tuple(recipe.betas)
     if recipe.eps is not None:
         options["eps"] = recipe.eps
-    optimizer = create_optimizer_v2(
+    return create_optimizer_v2(
         model,
         opt=recipe.optimizer,
         lr=recipe.lr,
@@ -111,7 +148,25 @@ def build_optimizer(recipe, model: nn.Module) -> torch.optim.Optimizer:
         layer_decay=recipe.layer_decay,
         **options,
     )
-    return optimizer
+
+
+def family_groups(recipe, model: nn.Module) -> list[dict]:
+    """Parameter groups as the `optimizer_groups` of the model's family makes them, with the recipe's weight decay.
+
+    Raises:
+        ValueError: the family has no rules of its own.
+    """
+    family = sys.modules[timm.model_entrypoint(recipe.model).__module__]
+    if not hasattr(family, "optimizer_groups"):
+        raise ValueError(f"param_groups is 'family', but {recipe.model} has no rules of its own: use timm")
+    return [
+        dict(
+            params=group["params"],
+            weight_decay=recipe.weight_decay if group["weight_decay"] else 0.0,
+            lr_scale=group.get("lr_scale", 1.0),
+        )
+        for group in family.optimizer_groups(model)
+    ]
 
 
 def build_optim_wrapper(recipe, optimizer: torch.optim.Optimizer, device: str) -> OptimWrapper:
@@ -160,9 +215,38 @@ class LearningRateHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Set the rate of the coming step."""
         first_pass = runner.iter - runner.iter % self.recipe.accumulate  # one rate for all passes of a step
-        rate = learning_rate(self.recipe, first_pass / runner.train_loop.steps_per_epoch)
+        passes = runner.train_loop.steps_per_epoch
+        rate = learning_rate(self.recipe, first_pass / passes, passes / self.recipe.accumulate)
         for group in runner.optim_wrapper.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+class PRepBNHook(Hook):
+    """Sets gamma of every PRepBN ahead of each forward pass: a function of the step, so nothing needs resuming."""
+
+    priority = "HIGH"
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def before_train(self, runner) -> None:
+        """Turn shares of the epochs into optimiser steps.
+
+        Raises:
+            ValueError: the model has no such norm.
+        """
+        if not any(isinstance(module, PRepBN) for module in runner.model.modules()):
+            raise ValueError(
+                f"prepbn_share is {self.recipe.prepbn_share}, but {self.recipe.model} has no PRepBN: leave it unset, "
+                'or give a model of SLAB --model-args \'{"norm_layer": "prepbn"}\''
+            )
+        steps = self.recipe.epochs * runner.train_loop.steps_per_epoch // self.recipe.accumulate
+        warm = round(self.recipe.prepbn_warmup * steps)
+        self.schedule = PRepBNSchedule.of_training(steps, self.recipe.prepbn_share, warm)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Set gamma of the coming step."""
+        self.schedule.before_step(runner.model, runner.iter // self.recipe.accumulate)
 
 
 class BestWeightsHook(Hook):
@@ -179,9 +263,9 @@ class BestWeightsHook(Hook):
         score = metrics[self.metric]
         best = runner.message_hub.runtime_info.get("best_score")
         if best is None or score > best:
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
             if is_main_process():
-                self.save(model.model, {k: round(float(v), 4) for k, v in metrics.items()}, runner.epoch)
+                scores = {k: round(float(v), 4) for k, v in metrics.items()}
+                self.save(unwrapped(runner.model).model, scores, runner.epoch)
             runner.message_hub.update_info("best_score", float(score))
             runner.message_hub.update_info("best_epoch", runner.epoch)
 

@@ -1,6 +1,6 @@
-"""Loaders whose every random draw is a function of (seed, epoch, index).
+"""Loaders whose every random draw is a function of (seed, draw, index), a draw being an epoch or a part of one.
 
-The sampler hands out (epoch, index) pairs and the data set seeds itself for each of them, so a sample does
+The sampler hands out (draw, index) pairs and the data set seeds itself for each of them, so a sample does
 not depend on which worker decodes it, on how many workers there are, or on what was drawn before: a run that
 was killed continues, even inside an epoch, with exactly the samples that it would have seen.
 """
@@ -33,8 +33,10 @@ def seed_everything(seed: int) -> None:
 class EpochSampler(Sampler):
     """A shuffled order for each epoch, the same in every process, of which each process takes its share.
 
-    Yields (epoch, index) pairs. Every process gets the same number of samples; the incomplete last step of an
-    epoch is left out (the next epoch has another order).
+    Yields (draw, index) pairs. A draw is the epoch's number; with repeated augmentation (Hoffer et al., 2020) an
+    image comes `repeats` times in a row under as many draws, and an epoch has a part of the images only. Every
+    process gets the same number of samples; the incomplete last step of an epoch is left out (the next epoch has
+    another order).
 
     Args:
         size: samples in the data set.
@@ -43,13 +45,24 @@ class EpochSampler(Sampler):
         rank: this process.
         world_size: number of processes.
         accumulate: batches of one optimiser step, which an epoch never splits.
+        repeats: how often an image is drawn, each time augmented differently.
 
     Raises:
         ValueError: the data set is smaller than one optimiser step.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        repeats: int = 1,
+    ):
         self.size, self.batch_size, self.seed, self.rank, self.world_size = size, batch_size, seed, rank, world_size
+        self.repeats = repeats
         step = batch_size * world_size * accumulate
         if size < step:
             raise ValueError(f"{size} training images are fewer than batch_size {step}: use a smaller batch_size")
@@ -66,15 +79,16 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator).tolist()
+        images = torch.randperm(self.size, generator=generator).tolist()
         # a step's images are consecutive in the order, whatever the number of processes and of passes
-        own = order[: self.batches * self.batch_size * self.world_size][self.rank :: self.world_size]
-        for index in own[self.start_batch * self.batch_size :]:
-            yield self.epoch, index
+        places = range(self.rank, self.batches * self.batch_size * self.world_size, self.world_size)
+        for place in places[self.start_batch * self.batch_size :]:
+            image, repeat = divmod(place, self.repeats)
+            yield self.epoch * self.repeats + repeat, images[image]
 
 
 class SeededDataset(Dataset):
-    """A data set whose random transform is seeded for each (epoch, index); gives (image, target, key).
+    """A data set whose random transform is seeded for each (draw, index); gives (image, target, key).
 
     The key is the same for the same image under the same random transform.
 
@@ -96,8 +110,8 @@ class SeededDataset(Dataset):
         return {"classes": list(self.dataset.classes)}
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        view = epoch % self.views if self.views else epoch
+        draw, index = key
+        view = draw % self.views if self.views else draw
         seed_everything(derive_seed(self.seed, view, index))
         image, target = self.dataset[index]
         return image, target, view * len(self.dataset) + index

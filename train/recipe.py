@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Schedule = Literal["cosine", "constant", "min_cosine", "step"]
+Schedule = Literal["cosine", "cosine_after_warmup", "late_cosine", "min_cosine", "constant", "step"]
 Precision = Literal["float32", "bf16", "fp16"]
 
 
@@ -48,11 +48,16 @@ class ClassificationRecipe:
     interpolation: str | None = _option(None, "bilinear, bicubic or random (training); the model's own by default")
     scale: tuple[float, float] = _option((0.08, 1.0), "area range of the random crop")
     ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "aspect range of the random crop")
+    crop_padding: int | None = _option(
+        None, "instead of that crop: resize to the input size, pad by so many black pixels, crop at random (CIFAR)"
+    )
     hflip: float = _option(0.5, "probability of a horizontal flip")
     vflip: float = _option(0.0, "probability of a vertical flip")
     color_jitter: float | None = _option(0.4, "colour jitter; off while rand_augment is on, as in timm")
-    rand_augment: str | None = _option(None, "timm policy such as rand-m9-mstd0.5-inc1")
-    random_erasing: float = _option(0.0, "probability of erasing a rectangle (pixel noise)")
+    rand_augment: str | None = _option(None, "timm's policy, as rand-m9-mstd0.5-inc1, or torchvision-n2-m7")
+    random_erasing: float = _option(0.0, "probability of erasing a rectangle")
+    erasing_mode: Literal["pixel", "rand", "const"] = _option("pixel", "erase with noise, one random colour, or zeros")
+    repeated_augmentation: int = _option(1, "draw an image so often for a step, each time augmented differently")
     # --- objective -------------------------------------------------------------------------------------
     label_smoothing: float = _option(0.0, "label smoothing of the cross entropy")
     mixup: float = _option(0.0, "mixup alpha, 0 for none")
@@ -76,9 +81,14 @@ class ClassificationRecipe:
     eps: float | None = _option(None, "epsilon of the optimiser; its own by default")
     momentum: float = _option(0.9, "momentum of SGD")
     weight_decay: float = _option(0.05, "decoupled weight decay; biases, norms and scales are exempt")
+    param_groups: Literal["timm", "family"] = _option(
+        "timm", "which parameters weight decay leaves alone: timm's rules, or the model family's own"
+    )
     layer_decay: float | None = _option(None, "factor of the learning rate from one layer to the one below it")
     schedule: Schedule = _option(
-        "cosine", "cosine; constant; min_cosine (CRATE's: the lower of warm-up and cosine); step"
+        "cosine",
+        "cosine (timm's: it runs under the warm-up); cosine_after_warmup (ConvNeXt's); late_cosine (SpaRTAN's: an "
+        "epoch late); min_cosine (CRATE's: the lower of warm-up and cosine); constant; step",
     )
     warmup_epochs: float = _option(5.0, "epochs of linear warm-up")
     warmup_lr: float = _option(1e-6, "learning rate at the first step of the warm-up")
@@ -87,6 +97,11 @@ class ClassificationRecipe:
     clip_grad: float | None = _option(None, "clip the global gradient norm to this value")
     ema_decay: float | None = _option(None, "evaluate and save an exponential moving average with this decay")
     freeze_backbone: bool = _option(False, "train the classifier only (linear probe)")
+    prepbn_share: float | None = _option(
+        None, "PRepBN: share of the epochs after which only the BatchNorm is left; by default each norm counts itself"
+    )
+    prepbn_warmup: float = _option(0.0, "PRepBN: share of the epochs with the LayerNorm alone before it fades")
+    recalibrate_epochs: int = _option(0, "further epochs, without updates, that renew BatchNorm's statistics")
     # --- machine ---------------------------------------------------------------------------------------
     precision: Precision = _option("float32", "float32, bf16 (any device) or fp16 (CUDA)")
     device: str | None = _option(None, "cpu, cuda, mps; the best one found by default")
@@ -137,10 +152,40 @@ class ClassificationRecipe:
             "random_erasing",
             "label_smoothing",
             "distill_weight",
+            "prepbn_warmup",
         ):
             _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _check(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "0 or more")
         _check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "between 0 and 1")
+        _check(
+            self.crop_padding is None or self.crop_padding >= 0, "crop_padding", self.crop_padding, "0 or more, or none"
+        )
+        _check(self.repeated_augmentation >= 1, "repeated_augmentation", self.repeated_augmentation, "at least 1")
+        _check(
+            not (self.param_groups == "family" and self.layer_decay is not None),
+            "layer_decay",
+            self.layer_decay,
+            "unset while param_groups is family: the family's groups have rates of their own",
+        )
+        _check(
+            self.prepbn_share is None or self.prepbn_warmup < self.prepbn_share <= 1,
+            "prepbn_share",
+            self.prepbn_share,
+            f"above prepbn_warmup ({self.prepbn_warmup}) and at most 1",
+        )
+        _check(
+            self.prepbn_share is not None or not self.prepbn_warmup,
+            "prepbn_warmup",
+            self.prepbn_warmup,
+            "0 while prepbn_share is unset",
+        )
+        _check(self.recalibrate_epochs >= 0, "recalibrate_epochs", self.recalibrate_epochs, "0 or more")
+        _check(
+            not (self.recalibrate_epochs and self.ema_decay is not None),
+            "recalibrate_epochs",
+            self.recalibrate_epochs,
+            "0 while ema_decay is set: the statistics would be those of the weights in training, not of the average",
+        )
         _check(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         _check(
             not (self.distill_views and (self.mixup or self.cutmix)),
@@ -157,8 +202,8 @@ class ClassificationRecipe:
 
     @property
     def total_epochs(self) -> int:
-        """Epochs of the whole run, cool-down included."""
-        return self.epochs + self.cooldown_epochs
+        """Epochs of the whole run, cool-down and recalibration included."""
+        return self.epochs + self.cooldown_epochs + self.recalibrate_epochs
 
     def replace(self, **changes: Any) -> ClassificationRecipe:
         """A copy with other values."""

@@ -24,6 +24,7 @@ from zoo.train.engine import (
     BestWeightsHook,
     ExactTrainLoop,
     LearningRateHook,
+    PRepBNHook,
     ProgressHook,
     QuietRunner,
     StepSeedHook,
@@ -31,6 +32,7 @@ from zoo.train.engine import (
     build_optim_wrapper,
     build_optimizer,
     pick_device,
+    unwrapped,
 )
 from zoo.train.evaluation import evaluate
 from zoo.train.loading import EpochSampler, EvaluationDataset, SeededDataset, make_loader, seed_everything
@@ -193,6 +195,7 @@ def training_transform(recipe: ClassificationRecipe, settings: dict):
         vflip=recipe.vflip,
         color_jitter=recipe.color_jitter,
         auto_augment=recipe.rand_augment,
+        crop_padding=recipe.crop_padding,
         normalize=False,
     )
 
@@ -236,7 +239,9 @@ def train(
     forward_size = recipe.batch_size // (world * recipe.accumulate)
 
     train_set, val_set, left_out = _open_data(recipe, say)
-    sampler = EpochSampler(len(train_set), forward_size, recipe.seed, rank, world, recipe.accumulate)
+    sampler = EpochSampler(
+        len(train_set), forward_size, recipe.seed, rank, world, recipe.accumulate, recipe.repeated_augmentation
+    )
     seed_everything(recipe.seed)
     model, remarks = build_classifier(recipe, len(train_set.classes))
     for remark in remarks:
@@ -297,6 +302,8 @@ def train(
 
         # buffers are averaged too: batch norm's statistics must belong to the averaged weights
         hooks.append(EMAHook(WarmEma, momentum=1 - recipe.ema_decay, interval=recipe.accumulate, update_buffers=True))
+    if recipe.prepbn_share is not None:
+        hooks.append(PRepBNHook(recipe))
     start_from = _checkpoint_to_resume(folder, resume, say)
     with _mmengine_device(device):
         runner = QuietRunner(
@@ -304,7 +311,12 @@ def train(
             work_dir=str(folder / "log"),
             train_dataloader=train_loader,
             val_dataloader=val_loader,
-            train_cfg=dict(type=ExactTrainLoop, max_epochs=recipe.total_epochs, val_interval=recipe.val_interval),
+            train_cfg=dict(
+                type=ExactTrainLoop,
+                max_epochs=recipe.total_epochs,
+                val_interval=recipe.val_interval,
+                recalibrate_epochs=recipe.recalibrate_epochs,
+            ),
             val_cfg=dict(type=ValLoop),
             val_evaluator=[ClassificationMetric()],
             optim_wrapper=build_optim_wrapper(recipe, build_optimizer(recipe, model), device),
@@ -327,8 +339,7 @@ def train(
 
     result = None
     if is_main_process():
-        trained = runner.model.module if hasattr(runner.model, "module") else runner.model
-        save_weights(trained.model, "last.safetensors", epoch=recipe.total_epochs)
+        save_weights(unwrapped(runner.model).model, "last.safetensors", epoch=recipe.total_epochs)
         best_epoch = runner.message_hub.runtime_info.get("best_epoch", recipe.total_epochs)
         best = load_model(folder / "best.safetensors")
         evaluation = evaluate(
@@ -434,6 +445,7 @@ def _build_task(recipe: ClassificationRecipe, model: nn.Module, settings: dict, 
             settings["std"],
             mixup=mixup,
             random_erasing=recipe.random_erasing,
+            erasing_mode=recipe.erasing_mode,
             channels_last=recipe.channels_last,
         ),
         multilabel=train_set.multilabel,

@@ -5,12 +5,13 @@ Pure functions of a parameter's name and rank, and of a step's number; any train
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+
+from zoo.train.schedules import cosine_after_warmup
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,15 @@ def learning_rate(
     Raises:
         ValueError: `step` is outside the schedule.
     """
-    total, warmup = epochs * steps_per_epoch, warmup_epochs * steps_per_epoch
+    total = epochs * steps_per_epoch
     if not 0 <= step < total:
         raise ValueError(f"step={step} is outside the schedule: pass 0 to {total - 1}")
-    if step < warmup:
-        return start + (base - start) * step / max(1, warmup - 1)
-    progress = (step - warmup) / (total - warmup)
-    return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * progress))
+    return cosine_after_warmup(
+        step / steps_per_epoch,
+        lr=base,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=start,
+        min_lr=minimum,
+        update=1 / steps_per_epoch,
+    )

@@ -200,16 +200,21 @@ class PRepBN(nn.Module):
 
     def normalize(self, x: Tensor) -> Tensor:
         """The BatchNorm alone, whose statistics stay as they are while the LayerNorm is alone."""
-        if not self.warming:
-            return self.norm2.normalize(x)
         bn = self.norm2.bn
+        if not self.warming or not bn.training:
+            return self.norm2.normalize(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if _is_repetition():
+                return self.norm2.normalize(x)
+        # copies, which the backward pass keeps: it refuses statistics that were set back in place
+        mean, var = bn.running_mean.clone(), bn.running_var.clone()
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.batch_norm(rows, mean, var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
         waiting = self.last < 0
-        mean, var, batches = bn.running_mean.clone(), bn.running_var.clone(), bn.num_batches_tracked.clone()
-        y = self.norm2.normalize(x)
-        bn.running_mean.copy_(torch.where(waiting, mean, bn.running_mean))
-        bn.running_var.copy_(torch.where(waiting, var, bn.running_var))
-        bn.num_batches_tracked.copy_(torch.where(waiting, batches, bn.num_batches_tracked))
-        return y
+        bn.running_mean.copy_(torch.where(waiting, bn.running_mean, mean))
+        bn.running_var.copy_(torch.where(waiting, bn.running_var, var))
+        bn.num_batches_tracked.add_((~waiting).long())
+        return y.view(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""

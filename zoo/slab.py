@@ -8,9 +8,9 @@ depthwise convolution of the values. Both are put into DeiT, PVT, Swin and CSwin
 Differs from the official code (xinghaochen/SLAB): any input size, where SLA's position tables are resampled; no
 parameters without effect (SLAB-DeiT's class token, SLAB-CSwin's `scale`); counters and statistics do not
 advance twice under activation checkpointing; all norms fold, without the error that the official merge makes in
-the patch embedding. As released, DeiT-T-PRepBN and Swin-T-PRepBN have RepBN alone: pass
-`norm_layer=partial(PRepBN, total_steps=...)` to train them as in the paper. `SlabSwinDense` is the authors'
-detection backbone. The hosts are in `slab_deit.py`, `slab_pyramids.py` and `slab_swin.py`, their attention in
+the patch embedding. As released, DeiT-T-PRepBN and Swin-T-PRepBN have RepBN alone: pass `norm_layer="prepbn"`
+(or `partial(PRepBN, total_steps=...)`) to train them as in the paper. `SlabSwinDense` is the authors' detection
+backbone. The hosts are in `slab_deit.py`, `slab_pyramids.py` and `slab_swin.py`, their attention in
 `slab_attention.py` and `slab_windows.py`, their blocks in `slab_blocks.py`, the norm in `prepbn.py`, learning rates
 and weight decay in `slab_recipe.py`.
 """
@@ -270,12 +270,22 @@ _CSWIN_NORM = partial(PRepBN, eps=1e-5, total_steps=120000)
 _DENSE_NORM = partial(PRepBN, eps=1e-5, total_steps=300000)
 
 
+def _norm_layer(norm: Any, eps: float) -> Any:
+    """The norm itself for the names "prepbn", "repbn" and "layernorm", which a recipe or a saved model can hold."""
+    named = dict(prepbn=partial(PRepBN, eps=eps), repbn=RepBN, layernorm=partial(nn.LayerNorm, eps=eps))
+    if isinstance(norm, str) and norm not in named:
+        raise ValueError(f"norm_layer is {norm!r}, expected one of {', '.join(named)}")
+    return named[norm] if isinstance(norm, str) else norm
+
+
 def _deit(variant: str, pretrained: bool, **kwargs: Any) -> SlabDeit:
+    kwargs["norm_layer"] = _norm_layer(kwargs["norm_layer"], 1e-6)
     feature_cfg = dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter")
     return build_model(SlabDeit, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def _pyramid(model_class: type[SlabPyramid], variant: str, pretrained: bool, **kwargs: Any) -> SlabPyramid:
+    kwargs["norm_layer"] = _norm_layer(kwargs["norm_layer"], 1e-6 if model_class is SlabPvt else 1e-5)
     feature_cfg = dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3)), flatten_sequential=True)
     return build_model(model_class, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 

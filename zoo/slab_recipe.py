@@ -7,12 +7,13 @@ RandAugment m9-mstd0.5, random erasing 0.25, mixup 0.8, cutmix 1.0, label smooth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
+
+from zoo.train.schedules import warmup_cosine
 
 WEIGHT_DECAY = 0.05
 
@@ -84,12 +85,14 @@ def learning_rate(
         minimum: its end.
         start: where the warm-up begins.
     """
-    warmup, total = warmup_epochs * updates_per_epoch, epochs * updates_per_epoch
-    if update < warmup:
-        return start + update * (base - start) / warmup
-    if update >= total:
-        return minimum
-    return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * update / total))
+    return warmup_cosine(
+        update / updates_per_epoch,
+        lr=base,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=start,
+        min_lr=minimum,
+    )
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float = WEIGHT_DECAY) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ parameters and multiply-adds, its widths and depths are nowhere stated. A checkp
 SpaRTAN-S, says its own widths: `spartan_from_checkpoint`.
 """
 
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from zoo.checkpoint import (
     unwrap_state_dict,
 )
 from zoo.spartan_blocks import ConvNorm, SpartanBlock, init_weights
+from zoo.train.schedules import late_cosine
 
 __all__ = ["SpaRTAN", "learning_rate", "model_arguments", "spartan_from_checkpoint"]
 
@@ -363,10 +363,8 @@ def learning_rate(
     It lags one epoch behind timm's cosine schedule, and the cosine is not shifted by the warm-up: epochs 1 and 2 are
     equal, and the warm-up ends with a jump below `base`.
     """
-    t = max(epoch - 2, 0)
-    if t < warmup_epochs:
-        return start + t * (base - start) / warmup_epochs
-    return minimum + 0.5 * (base - minimum) * (1 + math.cos(math.pi * t / epochs))
+    schedule = dict(lr=base, epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=start, min_lr=minimum)
+    return late_cosine(epoch - 1, **schedule)
 
 
 def _cfg(**fields: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from typing import Literal
 
 from PIL import Image
@@ -54,6 +55,7 @@ def build_transforms(
     vflip: float = 0.0,
     color_jitter: float | tuple[float, ...] | None = 0.4,
     auto_augment: str | None = None,
+    crop_padding: int | None = None,
     random_erasing: float = 0.0,
     erasing_mode: Literal["const", "rand", "pixel"] = "pixel",
     normalize: bool = True,
@@ -70,7 +72,10 @@ def build_transforms(
         scale, ratio: ranges of the random crop's area, as a share of the picture's, and of its aspect ratio.
         hflip, vflip: probabilities of a flip.
         color_jitter: strength; None for none. Off while `auto_augment` is on, as in timm.
-        auto_augment: a timm policy: "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", ...
+        auto_augment: a timm policy: "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "3a", "original", ...; or
+            torchvision's RandAugment, "torchvision-n2-m7": 2 operations of magnitude 7 out of 30, weaker than timm's.
+        crop_padding: instead of the crop by `scale` and `ratio`: resize to `input_size` whatever the aspect ratio,
+            pad all sides by so many black pixels and crop anywhere, as is usual on CIFAR.
         random_erasing: probability of erasing a rectangle; needs `normalize`.
         erasing_mode: erase with zeros, one random colour, or noise.
         normalize: off gives uint8 tensors (C, H, W), a quarter of the bytes between processes.
@@ -98,6 +103,7 @@ def build_transforms(
             raise ValueError(f"{name} is {value}, expected a probability between 0 and 1")
     if random_erasing and not normalize:
         raise ValueError("random_erasing needs normalize=True: erase on the device when pictures stay uint8")
+    torchvisions = _torchvision_rand_augment(auto_augment, interpolation)
     try:
         steps = create_transform(
             size,
@@ -109,8 +115,8 @@ def build_transforms(
             ratio=ratio,
             hflip=hflip,
             vflip=vflip,
-            color_jitter=color_jitter,
-            auto_augment=auto_augment,
+            color_jitter=None if torchvisions else color_jitter,
+            auto_augment=None if torchvisions else auto_augment,
             re_prob=random_erasing,
             re_mode=erasing_mode,
             normalize=normalize,
@@ -123,6 +129,12 @@ def build_transforms(
         ) from error
     for step in steps:
         _mend_posterize(step)
+    if torchvisions:
+        steps.insert(1 + (hflip > 0) + (vflip > 0), torchvisions)
+    if crop_padding is not None:
+        filter = str_to_pil_interp("bicubic" if interpolation == "random" else interpolation)
+        crop = PaddedCrop(size[1:], crop_padding, filter)
+        return TrainTransform(crop, transforms.Compose(steps[1:]), channels=size[0], reduced_decoding=False)
     crop = RandomCrop(size[1:], scale=scale, ratio=ratio, interpolation=interpolation)
     return TrainTransform(crop, transforms.Compose(steps[1:]), channels=size[0], reduced_decoding=reduced_decoding)
 
@@ -145,6 +157,27 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         return self.interpolation
 
 
+class PaddedCrop:
+    """Resize to the size (H, W), pad by black pixels and crop that size anywhere: CIFAR's usual augmentation.
+
+    Without padding it resizes only.
+    """
+
+    def __init__(self, size: tuple[int, int], padding: int, interpolation: InterpolationMode | int) -> None:
+        self.size, self.padding, self.interpolation = size, padding, interpolation
+        self.crop = transforms.RandomCrop(size, padding=padding or None)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Transform a picture."""
+        height, width = self.size
+        if image.size != (width, height):
+            image = image.resize((width, height), self.interpolation)
+        return self.crop(image)
+
+    def __repr__(self) -> str:
+        return f"PaddedCrop({self.size}, padding={self.padding})"
+
+
 class TrainTransform:
     """A random crop and what follows it: picture -> tensor (C, H, W).
 
@@ -153,7 +186,12 @@ class TrainTransform:
     """
 
     def __init__(
-        self, crop: RandomCrop, then: transforms.Compose, *, channels: int = 3, reduced_decoding: bool = True
+        self,
+        crop: RandomCrop | PaddedCrop,
+        then: transforms.Compose,
+        *,
+        channels: int = 3,
+        reduced_decoding: bool = True,
     ) -> None:
         self.crop, self.then = crop, then
         self.channels, self.reduced_decoding = channels, reduced_decoding
@@ -207,6 +245,18 @@ class TrainTransform:
 
     def __repr__(self) -> str:
         return f"TrainTransform({self.crop}, {self.then})"
+
+
+def _torchvision_rand_augment(policy: str | None, interpolation: str) -> transforms.RandAugment | None:
+    if policy is None or not policy.startswith("torchvision"):
+        return None
+    found = re.fullmatch(r"torchvision-n(\d+)-m(\d+)", policy)
+    if found is None or int(found[2]) > 30:
+        raise ValueError(
+            f"auto_augment is {policy!r}, expected torchvision-n2-m7 or the like: operations, and magnitude up to 30"
+        )
+    filter = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
+    return transforms.RandAugment(num_ops=int(found[1]), magnitude=int(found[2]), interpolation=filter)
 
 
 def _mend_posterize(step: object) -> None:

@@ -6,9 +6,20 @@ import difflib
 from collections.abc import Callable
 
 from zoo.train.recipe import ClassificationRecipe
-from zoo.train.recipes import crate, finetune, metaformer
+from zoo.train.recipes import (
+    activator,
+    ascan,
+    crate,
+    fcaformer,
+    finetune,
+    metaformer,
+    ninformer,
+    slab,
+    spartan,
+    vim2,
+)
 
-_MODULES = (finetune, metaformer, crate)
+_MODULES = (finetune, metaformer, crate, fcaformer, slab, ascan, ninformer, activator, spartan, vim2)
 
 
 def list_recipes() -> dict[str, Callable[..., ClassificationRecipe]]:
