@@ -228,7 +228,7 @@ def train(
     _start_processes()
     if not is_main_process():
         say, quiet = (lambda line: None), True
-    _claim_folder(folder, recipe, resume, say)
+    _check_folder(folder, recipe, resume, say)
     device = pick_device(recipe.device)
     rank, world = get_dist_info()
     if recipe.batch_size % (world * recipe.accumulate):
@@ -330,6 +330,9 @@ def train(
             experiment_name=f"{folder.name}_{uuid.uuid4().hex[:12]}",
             visualizer=dict(type="Visualizer", vis_backends=[]),
         )
+        barrier()  # every process has looked at the folder before the first one claims it
+        if is_main_process():
+            (folder / "recipe.json").write_text(recipe.to_json())
         try:
             runner.train()
         except NonFiniteLossError as error:
@@ -371,7 +374,7 @@ def _start_processes() -> None:
         torch.distributed.init_process_group("gloo")  # mmengine's own start needs a GPU
 
 
-def _claim_folder(folder: Path, recipe: ClassificationRecipe, resume: bool, say: Callable[[str], None]) -> None:
+def _check_folder(folder: Path, recipe: ClassificationRecipe, resume: bool, say: Callable[[str], None]) -> None:
     saved = folder / "recipe.json"
     if resume and not saved.is_file():
         say(f"nothing to resume in {folder}: starting from the beginning")
@@ -382,10 +385,6 @@ def _claim_folder(folder: Path, recipe: ClassificationRecipe, resume: bool, say:
             raise ValueError(f"the run in {folder} had another recipe ({'; '.join(changed)}): give the same one")
     elif saved.is_file():
         raise ValueError(f"{folder} already holds a run: continue it with resume, or choose another folder")
-    barrier()  # every process has looked before the first one writes
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(recipe.to_json())
 
 
 def _checkpoint_to_resume(folder: Path, resume: bool, say: Callable[[str], None]) -> Path | None:

@@ -21,7 +21,8 @@ class Weights:
     """One released (or promised) checkpoint of a paper.
 
     `model` is a registered name, `tag` its timm tag. `access` says how the file can be had: `url` (direct),
-    `hub` (huggingface), `drive` (a Google Drive or Baidu link, by hand, through a browser), `dead` (the link is gone), `unreleased`,
+    `hub` (huggingface), `drive` (a Google Drive or Baidu link, by hand, through a browser), `dead` (the link is
+    gone), `unreleased`,
     `packaged` (inside zoo). `claimed` and `measured` map metric names to values; `measured` stays empty
     until zoo measured it.
     """

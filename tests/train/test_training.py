@@ -113,6 +113,7 @@ def test_bf16_on_a_cpu(recipe):
 def test_fp16_on_a_cpu_is_refused_with_a_remedy(recipe):
     with pytest.raises(ValueError, match="fp16 needs a CUDA device, this run is on cpu: use bf16"):
         train(recipe.replace(precision="fp16"), quiet=True)
+    assert not (Path(recipe.out) / "recipe.json").exists(), "a run that did not start does not claim its folder"
 
 
 def test_a_linear_probe_changes_the_classifier_only(recipe, tmp_path):
