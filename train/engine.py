@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from zoo.extras import require
 from zoo.prepbn import PRepBN, PRepBNSchedule, recalibrating
+from zoo.schedules import learning_rate
 from zoo.train.loading import derive_seed, seed_everything
-from zoo.train.schedules import learning_rate
 
 require("mmengine", extra="train")
 

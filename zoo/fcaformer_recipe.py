@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from zoo.train.schedules import cosine_after_warmup
+from zoo.schedules import cosine_after_warmup
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.train.schedules import warmup_cosine
+from zoo.schedules import warmup_cosine
 
 WEIGHT_DECAY = 0.05
 

@@ -37,8 +37,8 @@ from zoo.checkpoint import (
     read_checkpoint,
     unwrap_state_dict,
 )
+from zoo.schedules import late_cosine
 from zoo.spartan_blocks import ConvNorm, SpartanBlock, init_weights
-from zoo.train.schedules import late_cosine
 
 __all__ = ["SpaRTAN", "learning_rate", "model_arguments", "spartan_from_checkpoint"]
 

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 
+from zoo.schedules import crate_multiplier, learning_rate
 from zoo.tools.main import build_parser
 from zoo.tools.train import resolve_recipe
 from zoo.train.engine import build_optimizer
 from zoo.train.recipe import ClassificationRecipe
 from zoo.train.recipes import find_recipe, list_recipes, metaformer
-from zoo.train.schedules import crate_multiplier, learning_rate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
