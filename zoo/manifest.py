@@ -22,9 +22,8 @@ class Weights:
 
     `model` is a registered name, `tag` its timm tag. `access` says how the file can be had: `url` (direct),
     `hub` (huggingface), `drive` (a Google Drive or Baidu link, by hand, through a browser), `dead` (the link is
-    gone), `unreleased`,
-    `packaged` (inside zoo). `claimed` and `measured` map metric names to values; `measured` stays empty
-    until zoo measured it.
+    gone), `unreleased`, `packaged` (inside zoo). `claimed` and `measured` map metric names to values; `measured` stays
+    empty until zoo measured it.
     """
 
     model: str
@@ -61,11 +60,18 @@ def local_weights_folder() -> Path | None:
     return Path(value).expanduser() if value else None
 
 
+def local_file_names(model: str, weights: Weights | None) -> list[str]:
+    """Names under which a file in `$ZOO_WEIGHTS` is found, in this order."""
+    stem = f"{model}.{weights.tag}" if weights else model
+    released = [weights.file] if weights and weights.file else []
+    return [f"{stem}.safetensors", *released, f"{stem}.pth"]
+
+
 def pretrained_state_dict(variant: str, cfg: Mapping[str, Any]) -> StateDict:
     """The official weights behind `pretrained=True`, unwrapped, still under their official names.
 
-    A file of the manifest's name (or `<model>.<tag>.safetensors`) under `$ZOO_WEIGHTS` is used before any
-    download.
+    A file of the manifest's name, or `<model>.<tag>.safetensors` or `.pth`, under `$ZOO_WEIGHTS` is used before
+    any download.
 
     Raises:
         RuntimeError: there is no such file and none that can be downloaded; says where the weights are.
@@ -74,9 +80,7 @@ def pretrained_state_dict(variant: str, cfg: Mapping[str, Any]) -> StateDict:
     weights = find_weights(model, tag or cfg.get("tag"))
     folder = local_weights_folder()
     if folder is not None:
-        names = [f"{model}.{weights.tag}.safetensors" if weights else f"{model}.safetensors"]
-        names += [weights.file] if weights and weights.file else []
-        for name in names:
+        for name in local_file_names(model, weights):
             if (folder / name).is_file():
                 return unwrap_state_dict(read_checkpoint(folder / name))
     if weights is not None and weights.access == "packaged":
@@ -106,6 +110,5 @@ _REASONS = {
 def _unavailable(model: str, weights: Weights | None) -> str:
     reason = "are not known" if weights is None else _REASONS[weights.access].format(where=weights.url or "no address")
     remedy = f"pass a file of your own with zoo.load_checkpoint(model, path) after create_model({model!r})"
-    if weights is not None and weights.file:
-        remedy += f", or put {weights.file} into a folder and set ZOO_WEIGHTS to it"
+    remedy += f", or put it as {local_file_names(model, weights)[1]} into a folder and set ZOO_WEIGHTS to that"
     return f"pretrained weights of {model} {reason}: {remedy}"
