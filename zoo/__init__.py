@@ -22,6 +22,7 @@ from zoo import (  # importing a family registers its models
     ninformer,
     slab,
     spartan,
+    stdc,
     vim2,
 )
 from zoo.checkpoint import CheckpointError, LoadReport, load_checkpoint
@@ -58,6 +59,7 @@ __all__ = [
     "read_image",
     "slab",
     "spartan",
+    "stdc",
     "vim2",
 ]
 
