@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
+from zoo.kernels.dispatch import explain
 from zoo.manifest import known_weights
 
 
@@ -34,8 +35,7 @@ def _about_machine() -> int:
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             print(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    else:
-        print("no CUDA or ROCm device: kernels run as plain torch")
+    print(f"kernels: {explain()}")
     return 0
 
 
