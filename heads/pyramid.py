@@ -27,7 +27,7 @@ _ANY_SIZE_ARGUMENTS = ("dynamic_img_size", "strict_img_size")
 
 
 def create_backbone(name: str, *, pretrained: bool = False, in_chans: int = 3, **kwargs: Any) -> nn.Module:
-    """A timm or zoo model without its classifier that takes images of any size, if it has a form that does.
+    """A timm or zoo model that takes images of any size, if it has a form that does.
 
     Args:
         name: registered name; zoo's or any of timm's.
@@ -42,7 +42,7 @@ def create_backbone(name: str, *, pretrained: bool = False, in_chans: int = 3, *
         model_entrypoint(name.split(".")[0])
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"no model is called {name!r}: `zoo list` and timm.list_models() name them") from error
-    build = dict(pretrained=pretrained, in_chans=in_chans, num_classes=0)
+    build = dict(pretrained=pretrained, in_chans=in_chans)
     if "img_size" not in kwargs:
         # which of the two exists can only be found out by asking: entrypoints take **kwargs
         for option in _ANY_SIZE_ARGUMENTS:
@@ -71,7 +71,7 @@ class Pyramid(nn.Module):
 
     Attributes:
         backbone: the timm model, with the key names of its classification checkpoints:
-            `zoo.load_checkpoint(pyramid.backbone, "official.pth", head="keep")`.
+            `zoo.load_checkpoint(pyramid.backbone, "official.pth")` leaves out what was pruned (the classifier).
         channels: channels of each map.
         strides: stride of each map.
         mean, std: what images are normalised with, in 0..1.
@@ -112,6 +112,7 @@ class Pyramid(nn.Module):
         self.mean = tuple(cfg.get("mean") or timm.data.IMAGENET_DEFAULT_MEAN)
         self.std = tuple(cfg.get("std") or timm.data.IMAGENET_DEFAULT_STD)
 
+        entries = list(backbone.state_dict())
         info = [dict(stage) for stage in backbone.feature_info]
         reductions = [stage["reduction"] for stage in info]
         self.single_scale = len(set(reductions)) == 1
@@ -121,6 +122,8 @@ class Pyramid(nn.Module):
         else:
             self._tap_stages(backbone, reductions)
             self.divisor = max(self.divisor, max(reductions))
+        kept = backbone.state_dict()
+        backbone.pruned_entries = frozenset(name for name in entries if name not in kept)
         self.backbone = backbone
         self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-5) for c in self.channels) if norm else None
 
@@ -156,8 +159,8 @@ class Pyramid(nn.Module):
 
         The backbone and the rescaling run once, on the padded image; cropping is a view.
         """
-        H, W = x.shape[-2], x.shape[-1]
-        below, right = -H % self.divisor, -W % self.divisor
+        H, W, d = x.shape[-2], x.shape[-1], self.divisor
+        below, right = (d - H % d) % d, (d - W % d) % d
         # under export the sizes are symbols: a branch on them would fix them
         if torch.compiler.is_exporting() or below or right:
             x = F.pad(x, (0, right, 0, below))
@@ -176,7 +179,7 @@ class Pyramid(nn.Module):
             maps = [level(maps[-1]) for level in self.levels]
         if self.norms is not None:
             maps = [norm(m) for norm, m in zip(self.norms, maps)]
-        return [m[..., : (H + s - 1) // s, : (W + s - 1) // s] for m, s in zip(maps, self.strides)]
+        return [_crop(m, (H + s - 1) // s, (W + s - 1) // s) for m, s in zip(maps, self.strides)]
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's grouping of the backbone's parameters, with the prefix that they have here."""
@@ -197,6 +200,13 @@ def _prefixed(pattern: Any) -> Any:
     if isinstance(pattern, str):
         return pattern.replace("^", r"^backbone\.", 1)
     return [(_prefixed(p), *rest) for p, *rest in pattern] if isinstance(pattern, list | tuple) else pattern
+
+
+def _crop(x: Tensor, h: int, w: int) -> Tensor:
+    if torch.compiler.is_exporting():  # a slice would ask the exporter to prove that h is no larger than the map
+        x = x.index_select(-2, torch.arange(h, device=x.device))
+        return x.index_select(-1, torch.arange(w, device=x.device))
+    return x[..., :h, :w]
 
 
 class _Level(nn.Sequential):

@@ -301,6 +301,11 @@ def load_checkpoint(
         report.notes.append(f"the classifier of the file was left out ({len(dropped)} entries)")
 
     own = model.state_dict()
+    pruned = [name for name in state if name in getattr(model, "pruned_entries", ()) and name not in own]
+    if pruned:
+        for name in pruned:
+            del state[name]
+        report.notes.append(f"{len(pruned)} entries of the file were left out: they follow the last map of the pyramid")
     kept = {name for name in own if head == "keep" and name.startswith(classifier)}
     report.missing = [name for name in own if name not in state and name not in kept]
     report.unexpected = [name for name in state if name not in own]
