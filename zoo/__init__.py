@@ -33,10 +33,12 @@ __version__ = "0.1.0"
 
 # name -> module that defines it; resolved on first access, so that `import zoo` stays as light as timm
 _LAZY = {
+    "create_detector": "zoo.heads.detection",
     "predict": "zoo.prediction",
     "Prediction": "zoo.prediction",
     "read_image": "zoo.images",
     "ImageError": "zoo.images",
+    "create_segmenter": "zoo.heads.segmentation",
 }
 _SUBPACKAGES = ("heads", "kernels", "tools", "train")
 
@@ -49,6 +51,7 @@ __all__ = [
     "ascan",
     "crate",
     "crate_mae",
+    "create_detector",
     "fcaformer",
     "fold",
     "list_models",

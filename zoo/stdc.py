@@ -245,16 +245,18 @@ _OFFICIAL_HEAD = ("conv_last.", "fc.", "bn.", "linear.")
 
 @checkpoint_converter(Stdc, layouts={"STDC": ("features.0.conv.weight", "features.*.conv_list.0.conv.weight")})
 def convert_checkpoint(state_dict: StateDict, model: Stdc) -> Conversion:
-    """Official files: `features.<n>.*`, stored a second time under `x2.`, `x4.`, ..., and a classifier of their own."""
+    """Official files: `features.<n>.*` and a classifier of their own.
+
+    The official module stores every tensor a second time, as `x2.0.<n>.*`, `x4.0.<n>.*`, ...; these are loaded
+    last there, so they count if the two should ever differ.
+    """
     if not any(name.startswith("features.") for name in state_dict):
         return Conversion(state_dict)
-    state = {}
-    dropped = 0
-    for name, value in state_dict.items():
-        if name.startswith(_OFFICIAL_HEAD):
-            dropped += 1
-        elif not re.match(r"x\d+\.", name):
-            state[official_to_zoo(name, [len(stage.blocks) for stage in model.stages])] = value
+    depths = [len(stage.blocks) for stage in model.stages]
+    kept = {name: value for name, value in state_dict.items() if not name.startswith(_OFFICIAL_HEAD)}
+    dropped = len(state_dict) - len(kept)
+    names = sorted(kept, key=lambda name: not name.startswith("features."))  # stable: the second copies last
+    state = {official_to_zoo(re.sub(r"^x\d+\.0\.", "features.", name), depths): kept[name] for name in names}
     notes = (f"the authors' classifier was left out ({dropped} entries)",) if dropped else ()
     return Conversion(state, "STDC", notes)
 

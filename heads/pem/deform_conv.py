@@ -36,14 +36,14 @@ def deform_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: T
 
 def reference(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torchvision's operator, in float32 where it has no kernel of the given type."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # the arguments come in two types
+            return reference(x, offset, mask, weight, bias)
+    work = torch.float64 if x.dtype is torch.float64 else torch.float32  # bfloat16 has no kernel on CPUs
+    arguments = [None if t is None else t.to(work) for t in (offset, weight, bias, mask)]
     pad = weight.shape[-1] // 2
-    dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        # bfloat16 has no kernel on CPUs, and under autocast the arguments come in two types
-        work = torch.float64 if dtype is torch.float64 else torch.float32
-        arguments = [None if t is None else t.to(work) for t in (x, offset, weight, bias, mask)]
-        x, offset, weight, bias, mask = arguments
-        return deform_conv2d(x, offset, weight, bias, padding=pad, mask=mask).to(dtype)
+    return deform_conv2d(x.to(work), *arguments[:3], padding=pad, mask=arguments[3]).to(x.dtype)
 
 
 def _gather_and_multiply(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
