@@ -60,7 +60,8 @@ class TritonKernel:
         # the module's globals, with `tl` in them and the kernels that this one calls as Triton wants them
         scope = {**self.function.__globals__, "tl": tl}
         for name in self.function.__code__.co_names:
-            if isinstance(scope.get(name), TritonKernel):
+            # names of attributes are among them: `dot` below reads tl.dot
+            if isinstance(scope.get(name), TritonKernel) and scope[name] is not self:
                 scope[name] = scope[name].compiled
         function = types.FunctionType(self.function.__code__, scope, self.function.__name__, self.function.__defaults__)
         functools.update_wrapper(function, self.function)
@@ -107,14 +108,17 @@ def on_amd() -> bool:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How `dot` multiplies operands of `dtype`: as torch's own products of that type do.
+    """How `dot` multiplies operands of `dtype`.
 
-    float32 is exact on the CUDA cores ("ieee") unless torch may use TF32; half precision is not concerned. "widen"
-    is for bfloat16 under the interpreter, which has no arithmetic for it.
+    float32: in one TF32 product where torch may round so too, else in three ("tf32x3"), which keep float32's digits
+    on the tensor cores; AMD's matrix cores take float32 as it is. Other types: exact products. "widen" is for
+    bfloat16 under the interpreter, which has no arithmetic for it.
     """
     if dtype == torch.bfloat16 and interpreted() and _recorder is None:
         return "widen"
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 and not on_amd() else "ieee"
+    if dtype != torch.float32 or on_amd():
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def cdiv(a: int, b: int) -> int:

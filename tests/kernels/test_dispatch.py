@@ -26,10 +26,17 @@ def test_asking_for_triton_where_it_cannot_run_is_one_sentence():
 
 
 def test_the_backend_of_a_block_ends_with_it_also_after_an_error():
-    with pytest.raises(KeyError), use_backend("torch"):
-        assert get_backend() == "torch"
-        assert "'torch'" in explain()
-        raise KeyError
+    seen = []
+
+    def fail():
+        with use_backend("torch"):
+            seen.extend([get_backend(), explain()])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen[0] == "torch"
+    assert "'torch'" in seen[1]
     assert get_backend() == "auto"
 
 
