@@ -7,14 +7,25 @@ import re
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo
 from tests.parity.golden import Case, fill_input, output_error, relative_error
 from tests.parity.runner import BARS, GRADIENT_BAR, Check, NoSuchForm, NotUnderstood
 from zoo.heads.pem.checkpoint import rename_head
+from zoo.heads.pem.criterion import PemCriterion, Segments
+from zoo.heads.pem.matcher import matching_costs
 from zoo.heads.pem.model import Pem, PemHead, PemOutput
 from zoo.heads.pem.pixel_decoder import DeformableLevel, PixelDecoder
+from zoo.heads.pem.postprocess import (
+    Geometry,
+    Instances,
+    find_instances,
+    panoptic_map,
+    semantic_map,
+    semantic_scores,
+)
 from zoo.heads.pem.transformer_decoder import KeyProjection, PrototypeAttention, SelfAttention, TransformerDecoder
 from zoo.heads.segmentation import create_segmenter
 
@@ -400,8 +411,180 @@ def _numpy_einsum(macs: int) -> float:
 
 
 def _criterion(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
-    raise NoSuchForm
+    if folded:
+        raise NoSuchForm
+    constructor, inputs = case["constructor"], case["inputs"]
+    bar = BARS[torch.float32] if case.get("compute_dtype") == "float32" else BARS[dtype]
+    criterion = _build_criterion(case)
+    leaves = _predictions(case, dtype)
+    last, auxiliary = leaves[0], leaves[1:]
+    targets = [_segments(each, inputs["target_size"]) for each in inputs["targets"]]
+    matched = _record(criterion, "match")
+    losses = criterion.losses(PemOutput(*last, auxiliary), targets)
+    for name, value in case["losses_unweighted"].items():
+        yield Check(name, relative_error(float(losses[name].detach()), value), bar)
+    criterion.draw = _official_draws(case)
+    weighted = criterion(PemOutput(*last, auxiliary), targets)
+    for name, value in case["losses_weighted"].items():
+        yield Check(f"weighted {name}", relative_error(float(weighted[name].detach()), value), bar)
+    if set(weighted) != set(case["losses_weighted"]) or constructor["aux_layers"] != len(auxiliary):
+        raise NotUnderstood(f"losses {', '.join(weighted)}")
+    total = sum(weighted.values())
+    yield Check("total_weighted", relative_error(float(total.detach()), case["total_weighted"]), bar)
+    for name, images in case["assignments"].items():
+        chosen = matched[0][0 if name == "last" else 1 + int(name.removeprefix("aux"))]
+        wrong = sum(
+            sorted(zip(queries.tolist(), segments.tolist())) != sorted(zip(image["pred"], image["target"]))
+            for (queries, segments), image in zip(chosen, images, strict=True)
+        )
+        yield Check(f"assignment {name}", float(wrong), 0.0)
+    yield from _costs(case, criterion, last, targets, bar)
+    total.backward()
+    for name, leaf in zip(("pred_logits", "pred_masks"), last, strict=True):
+        if name in case["grads"]:
+            yield Check(f"gradient {name}", output_error(case["grads"][name], leaf.grad), GRADIENT_BAR)
+
+
+def _build_criterion(case: Case) -> PemCriterion:
+    constructor = case["constructor"]
+    weights = constructor["weights"]
+    same = ("num_classes", "cost_class", "cost_mask", "cost_dice", "no_object_weight", "num_points")
+    return PemCriterion(
+        **{name: constructor[name] for name in same},
+        oversample_ratio=constructor["oversample_ratio"],
+        importance_sample_ratio=constructor["importance_sample_ratio"],
+        weight_class=weights["loss_ce"],
+        weight_mask=weights["loss_mask"],
+        weight_dice=weights["loss_dice"],
+        draw=_official_draws(case),
+    )
+
+
+def _official_draws(case: Case):
+    """The k-th uniform draw of the record, rounded to float32; its shape must be the one asked for."""
+    calls = iter(case["random_draws"]["calls"])
+
+    def draw(shape: tuple[int, ...], device=None) -> Tensor:
+        call = next(calls)
+        assert list(shape) == call["shape"], f"{call['name']} has shape {call['shape']}, asked for {list(shape)}"
+        normal = fill_input(call["name"], shape, case.seed)
+        return torch.special.ndtr(normal).float()
+
+    return draw
+
+
+def _predictions(case: Case, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    inputs = case["inputs"]
+    B, Q, K = (inputs[name] for name in "BQK")
+    scales = {name: float(re.match(r"([\d.]+)\s*\*", inputs[name])[1]) for name in ("pred_logits", "pred_masks")}
+    shapes = dict(pred_logits=(B, Q, K + 1), pred_masks=(B, Q, *inputs["mask_size"]))
+    pairs = []
+    for prefix in ("", *(f"aux{i}_" for i in range(case["constructor"]["aux_layers"]))):
+        values = (scales[name] * fill_input(prefix + name, shape, case.seed) for name, shape in shapes.items())
+        pairs.append(tuple(value.to(dtype).requires_grad_() for value in values))
+    return pairs
+
+
+def _segments(target: dict, size: list[int]) -> Segments:
+    masks = torch.zeros(len(target["labels"]), *size, dtype=torch.bool)
+    for mask, (y0, x0, y1, x1) in zip(masks, target["rectangles_y0x0y1x1_half_open"], strict=True):
+        mask[y0:y1, x0:x1] = True
+    return Segments(torch.tensor(target["labels"], dtype=torch.long), masks)
+
+
+def _record(module: nn.Module, method: str) -> list:
+    """Results of every later call of a method."""
+    results: list = []
+    original = getattr(module, method)
+
+    def call(*args):
+        results.append(original(*args))
+        return results[-1]
+
+    setattr(module, method, call)
+    return results
+
+
+def _costs(case: Case, criterion: PemCriterion, last, targets: list[Segments], bar: float) -> Iterator[Check]:
+    draw = _official_draws(case)
+    points = [draw((1, criterion.num_points, 2))[0].to(last[1].dtype) for _ in targets]
+    for record in case["last_layer_cost_matrices"]:
+        image = record["image"]
+        labels, masks = targets[image]
+        logits = (each[image].detach() for each in last)
+        costs = matching_costs(*logits, labels, masks.to(last[1].dtype), points[image], **criterion.costs)
+        assert list(costs.shape) == record["shape"]
+        recorded = torch.tensor(record["values"], dtype=torch.float64).reshape(costs.shape)
+        # recorded with six decimals
+        error = float((costs.double() - recorded).abs().max()) if recorded.numel() else 0.0
+        yield Check(f"costs of image {image}", error, bar)
 
 
 def _postprocess(case: Case, dtype: torch.dtype, folded: bool) -> Iterator[Check]:
-    raise NoSuchForm
+    if folded:
+        raise NoSuchForm
+    settings, inputs = case["settings"], case["inputs"]
+    logits, masks = _described_input(case, "pred_logits").to(dtype), _described_input(case, "pred_masks").to(dtype)
+    sizes = ("padded_image_size", "image_size_before_padding", "output_size")
+    geometry = Geometry(*(tuple(inputs[name]) for name in sizes))
+    bar = BARS[dtype]
+    # pixels whose two best values differ by less than rounding may go either way in float32
+    spare = 0.0 if dtype is torch.float64 else 2e-3 * math.prod(geometry.output)
+
+    scores = semantic_scores(logits, masks, geometry, settings["semantic_resized_before_inference"])
+    yield Check("semantic scores", output_error(case["semantic"]["scores"], scores), bar)
+    labels = semantic_map(logits, masks, geometry, settings["semantic_resized_before_inference"])
+    expected = _run_length_map(case["semantic"]["argmax_rle"], geometry.output)
+    yield Check("semantic argmax", float((labels != expected).sum()), spare)
+
+    things = settings["thing_classes"]
+    thresholds = settings["object_mask_threshold"], settings["overlap_threshold"]
+    found = panoptic_map(logits, masks, geometry, things, *thresholds)
+    expected = _run_length_map(case["panoptic"]["panoptic_rle"], geometry.output)
+    yield Check("panoptic map", float((found.ids != expected).sum()), spare)
+    segments = [dict(id=s.id, isthing=s.is_thing, category_id=s.label) for s in found.segments]
+    recorded = [dict(s, isthing=bool(s["isthing"])) for s in case["panoptic"]["segments_info"]]
+    recorded = [{name: s[name] for name in ("id", "isthing", "category_id")} for s in recorded]
+    yield Check("panoptic segments", float(segments != recorded), 0.0)
+
+    classes = things if settings["panoptic_on"] else None
+    yield from _instances(case, find_instances(logits, masks, geometry, settings["topk_per_image"], classes), dtype)
+
+
+def _instances(case: Case, found: Instances, dtype: torch.dtype) -> Iterator[Check]:
+    recorded = case["instance"]["detections"]
+    yield Check("instances", abs(len(found.scores) - len(recorded)), 0.0)
+    exact = dtype is torch.float64
+    errors = dict.fromkeys(("score", "class", "area", "mask_row_sums_checksum", "mask_col_sums_checksum"), 0.0)
+    for i, detection in enumerate(recorded):
+        mask = torch.from_numpy(found.mask(i)).double()
+        rows, columns = mask.sum(1), mask.sum(0)
+        measured = {
+            "score": float(found.scores[i]),
+            "class": int(found.labels[i]),
+            "area": int(found.areas[i]),
+            "mask_row_sums_checksum": float((rows * torch.arange(1, len(rows) + 1)).sum()),
+            "mask_col_sums_checksum": float((columns * torch.arange(1, len(columns) + 1)).sum()),
+        }
+        for name, value in measured.items():
+            errors[name] = max(errors[name], relative_error(value, detection[name]))
+    for name, error in errors.items():
+        pixels = 0.0 if exact or name == "class" else 2e-3  # a pixel at the threshold may flip in float32
+        yield Check(f"instance {name}", error, BARS[dtype] if name == "score" else pixels)
+
+
+def _described_input(case: Case, name: str) -> Tensor:
+    """An input from its sentence: factor, name, shape, and an upsampling."""
+    text = case["inputs"][name]
+    made = re.search(r'fill_input\("(\w+)",\s*\(([\d,\s]+)\)\)', text)
+    shape = [int(n) for n in made[2].split(",") if n.strip()]
+    value = float(re.match(r"\s*([\d.]+)\s*\*", text)[1]) * fill_input(made[1], shape, case.seed)
+    factor = re.search(r"bilinear x(\d+) upsampling", text)
+    if factor:
+        value = F.interpolate(value, scale_factor=int(factor[1]), mode="bilinear", align_corners=False)
+    return value[0]
+
+
+def _run_length_map(runs: list[list[int]], size: tuple[int, int]) -> Tensor:
+    values, lengths = torch.tensor(runs).T
+    return values.repeat_interleave(lengths).view(size)
