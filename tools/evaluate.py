@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from zoo.train.engine import pick_device
     from zoo.train.evaluation import evaluate
     from zoo.train.reports import write_report
-    from zoo.train.trainer import evaluation_settings, evaluation_transform
+    from zoo.train.tasks.classification import evaluation_settings, evaluation_transform
 
     model = load_classifier(args)
     names = getattr(model, "class_names", None)

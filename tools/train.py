@@ -1,8 +1,9 @@
-"""Train or fine-tune a model on a folder of images.
+"""Train or fine-tune a model: classification, detection, segmentation, super-resolution.
 
-`zoo train --data photos --model caformer_s18 --checkpoint caformer_s18.pth` fine-tunes with the `finetune`
-recipe; every field of the recipe is a flag. A run that was interrupted goes on with the same command and
---resume, and ends with the weights that it would have had.
+`zoo train --data photos --model caformer_s18 --checkpoint caformer_s18.pth` fine-tunes a classifier with the
+`finetune` recipe, `zoo train --task detection --data coco --model caformer_s18` a detector with
+`finetune_detection`; every field of the recipe is a flag. A run that was interrupted goes on with the same command
+and --resume, and ends with the weights that it would have had.
 """
 
 from __future__ import annotations
@@ -13,29 +14,37 @@ import typing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `zoo train`: one flag for each field of a recipe."""
-    from zoo.train.recipe import ClassificationRecipe, convert
+    """Arguments of `zoo train`: one flag for each field of a recipe of any task."""
+    from zoo.train.recipe import Recipe, convert
+    from zoo.train.recipes import RECIPE_CLASSES
 
     parser.formatter_class = argparse.HelpFormatter
-    parser.add_argument("--recipe", default="finetune", help="preset (`zoo list --recipes`) or a recipe.json")
+    parser.add_argument("--task", choices=tuple(RECIPE_CLASSES), help="what to train; the recipe's by default")
+    parser.add_argument("--recipe", help="preset (`zoo list --recipes`) or a recipe.json; the task's fine-tuning")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    hints = typing.get_type_hints(ClassificationRecipe)
-    group = parser.add_argument_group("recipe", "default: the preset's value")
-    for field in dataclasses.fields(ClassificationRecipe):
-        hint = hints[field.name]
-        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=f"field_{field.name}",
-            metavar=None if choices else field.name.upper(),
-            choices=choices,
-            default=argparse.SUPPRESS,
-            help=field.metadata["help"],
-            **(dict(nargs="?", const="true") if hint is bool else {}),
-            type=_reader(convert, hint, field.name),
-        )
+    shared = {field.name for field in dataclasses.fields(Recipe)}
+    taken = set()
+    for title, cls in {"every task": Recipe, **RECIPE_CLASSES}.items():
+        hints = typing.get_type_hints(cls)
+        group = parser.add_argument_group(f"recipe, {title}", "default: the preset's value")
+        for field in dataclasses.fields(cls):
+            if (field.name in shared and cls is not Recipe) or field.name in taken:
+                continue
+            taken.add(field.name)
+            hint = hints[field.name]
+            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                dest=f"field_{field.name}",
+                metavar=None if choices else field.name.upper(),
+                choices=choices,
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"],
+                **(dict(nargs="?", const="true") if hint is bool else {}),
+                type=_reader(convert, hint, field.name),
+            )
 
 
 def _reader(convert, hint, name: str):
@@ -52,15 +61,19 @@ def resolve_recipe(args: argparse.Namespace):
     """The preset with the flags that were given.
 
     Raises:
-        ValueError: no such preset, or a value that does not fit.
+        ValueError: no such preset, a preset of another task, or a value that does not fit.
     """
-    from zoo.train.recipe import ClassificationRecipe
-    from zoo.train.recipes import find_recipe
+    from zoo.train.recipes import FINE_TUNING, find_recipe, load_recipe
 
     changes = {name.removeprefix("field_"): v for name, v in vars(args).items() if name.startswith("field_")}
-    if args.recipe.endswith(".json"):
-        return ClassificationRecipe.load(args.recipe).replace(**changes)
-    return find_recipe(args.recipe)(**changes)
+    name = args.recipe or FINE_TUNING[args.task or "classification"]
+    recipe = load_recipe(name) if name.endswith(".json") else find_recipe(name)()
+    if args.task and recipe.task != args.task:
+        raise ValueError(f"--recipe {name} is one of {recipe.task}, and --task is {args.task}: leave one of them out")
+    if name.endswith(".json"):
+        return recipe.replace(**changes)
+    recipe.replace(**changes)  # names a field that the task does not have
+    return find_recipe(name)(**changes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
         print(recipe.to_json(), end="")
         return 0
     if not recipe.data:
-        raise ValueError("--data is not set: give a folder of class folders or a labels.csv")
+        raise ValueError("--data is not set: give the folder of the data set")
     from zoo.train.trainer import train
 
     result = train(recipe, resume=args.resume, quiet=args.quiet)
     if result is not None:
         print(f"\nbest weights: {result.weights} (epoch {result.best_epoch})\n{result.table}")
-        print(f"curves, confusion matrix and pictures: {result.folder}")
+        print(f"curves, tables and pictures: {result.folder}")
     return 0

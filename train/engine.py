@@ -254,15 +254,16 @@ class BestWeightsHook(Hook):
 
     priority = "HIGH"
 
-    def __init__(self, metric: str, save):
+    def __init__(self, metric: str, save, *, lower_is_better: bool = False):
         self.metric = metric
         self.save = save
+        self.lower_is_better = lower_is_better
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         """Save if this is the best score so far."""
         score = metrics[self.metric]
         best = runner.message_hub.runtime_info.get("best_score")
-        if best is None or score > best:
+        if best is None or (score < best if self.lower_is_better else score > best):
             if is_main_process():
                 scores = {k: round(float(v), 4) for k, v in metrics.items()}
                 self.save(unwrapped(runner.model).model, scores, runner.epoch)

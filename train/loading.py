@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,11 @@ class EpochSampler(Sampler):
         world_size: number of processes.
         accumulate: batches of one optimiser step, which an epoch never splits.
         repeats: how often an image is drawn, each time augmented differently.
+        epoch_steps: optimiser steps of an epoch; the data set begins anew in another order as often as they need it.
+            By default an epoch is one pass.
 
     Raises:
-        ValueError: the data set is smaller than one optimiser step.
+        ValueError: the data set is smaller than one optimiser step, and `epoch_steps` is not given.
     """
 
     def __init__(
@@ -60,13 +62,15 @@ class EpochSampler(Sampler):
         world_size: int = 1,
         accumulate: int = 1,
         repeats: int = 1,
+        epoch_steps: int | None = None,
     ):
         self.size, self.batch_size, self.seed, self.rank, self.world_size = size, batch_size, seed, rank, world_size
         self.repeats = repeats
         step = batch_size * world_size * accumulate
-        if size < step:
+        if size < step and epoch_steps is None:
             raise ValueError(f"{size} training images are fewer than batch_size {step}: use a smaller batch_size")
-        self.batches = size // step * accumulate
+        self.passes_run_on = epoch_steps is not None
+        self.batches = (epoch_steps or size // step) * accumulate
         self.epoch = 0
         self.start_batch = 0
 
@@ -77,14 +81,31 @@ class EpochSampler(Sampler):
         """Choose the epoch, and the batch of it to begin with (for a run that continues inside an epoch)."""
         self.epoch, self.start_batch = epoch, start_batch
 
+    def _order(self, number: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, number))
+        return torch.randperm(self.size, generator=generator).tolist()
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        images = torch.randperm(self.size, generator=generator).tolist()
         # a step's images are consecutive in the order, whatever the number of processes and of passes
         places = range(self.rank, self.batches * self.batch_size * self.world_size, self.world_size)
+        if self.passes_run_on:
+            yield from self._run_on(places[self.start_batch * self.batch_size :])
+            return
+        images = self._order(self.epoch)
         for place in places[self.start_batch * self.batch_size :]:
             image, repeat = divmod(place, self.repeats)
             yield self.epoch * self.repeats + repeat, images[image]
+
+    def _run_on(self, places: range) -> Iterator[tuple[int, int]]:
+        """Epochs that end anywhere in a pass over the data: a draw is the number of the pass."""
+        first = self.epoch * self.batches * self.batch_size * self.world_size
+        current, images = None, []
+        for place in places:
+            image, repeat = divmod(first + place, self.repeats)
+            number, index = divmod(image, self.size)
+            if number != current:
+                current, images = number, self._order(number)
+            yield number * self.repeats + repeat, images[index]
 
 
 class SeededDataset(Dataset):
@@ -162,6 +183,7 @@ def make_loader(
     workers: int,
     sampler: Sampler | None = None,
     drop_last: bool = False,
+    collate_fn: Callable = collate,
 ) -> DataLoader:
     """A loader with workers that live as long as it does."""
     return DataLoader(
@@ -169,7 +191,7 @@ def make_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,

@@ -77,7 +77,7 @@ def crate_multiplier(epoch: int, epochs: int, warmup_epochs: int = 20) -> float:
 
 
 def learning_rate(recipe, epoch: float, updates_per_epoch: float = math.inf) -> float:
-    """The learning rate of a `ClassificationRecipe` after `epoch` epochs of progress (fractions allowed).
+    """The learning rate of a recipe after `epoch` epochs of progress (fractions allowed).
 
     `updates_per_epoch` matters to `cosine_after_warmup` alone, whose warm-up ends with an update.
     """
@@ -96,5 +96,8 @@ def learning_rate(recipe, epoch: float, updates_per_epoch: float = math.inf) -> 
     if epoch < recipe.warmup_epochs:
         return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * epoch / recipe.warmup_epochs
     if recipe.schedule == "step":
-        return recipe.lr * 0.1 ** sum(epoch >= part * recipe.epochs for part in (2 / 3, 11 / 12))
+        milestones = recipe.milestones or (2 / 3 * recipe.epochs, 11 / 12 * recipe.epochs)
+        return recipe.lr * recipe.step_factor ** sum(epoch >= milestone for milestone in milestones)
+    if recipe.schedule == "poly":
+        return recipe.min_lr + (recipe.lr - recipe.min_lr) * max(0.0, 1 - epoch / recipe.epochs) ** 0.9
     return recipe.lr

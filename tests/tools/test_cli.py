@@ -123,3 +123,20 @@ def test_the_command_is_installed():
         [sys.executable, "-m", "zoo.tools.main", "--version"], capture_output=True, text=True, cwd="/"
     )
     assert result.stdout.strip() == f"zoo {zoo.__version__}"
+
+
+def test_an_unknown_preset_is_named(capsys):
+    assert main(["train", "--recipe", "no-such-preset", "--data", "x"]) == 2
+    assert "no recipe is called 'no-such-preset'" in capsys.readouterr().err
+
+
+def test_a_recipe_of_json_says_its_task(tmp_path, capsys):
+    assert main(["train", "--recipe", "linear-probe", "--epochs", "3", "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert '"task": "classification"' in shown
+    (tmp_path / "recipe.json").write_text(shown)
+    assert main(["train", "--recipe", str(tmp_path / "recipe.json"), "--lr", "0.5", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(shown) | {"lr": 0.5}
+    (tmp_path / "bad.json").write_text("[1]")
+    assert main(["train", "--recipe", str(tmp_path / "bad.json")]) == 2
+    assert "is not a recipe that zoo train wrote" in capsys.readouterr().err
