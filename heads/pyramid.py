@@ -66,7 +66,8 @@ class Pyramid(nn.Module):
             stages for hierarchical ones.
         pretrained: load the released weights of a backbone that is given by name.
         norm: "layer" normalises each map over its channels with a LayerNorm of its own, as Swin's, SLAB's and VMamba's
-            detectors do; None leaves the maps as the stages give them.
+            detectors do; "group" over channels and pixels with a GroupNorm of one group, as PoolFormer's do; None
+            leaves the maps as the stages give them.
         kwargs: further arguments of the backbone's constructor.
 
     Attributes:
@@ -87,12 +88,12 @@ class Pyramid(nn.Module):
         strides: Sequence[int] = (4, 8, 16, 32),
         *,
         pretrained: bool = False,
-        norm: Literal["layer"] | None = None,
+        norm: Literal["layer", "group"] | None = None,
         **kwargs: Any,
     ):
         super().__init__()
-        if norm not in ("layer", None):
-            raise ValueError(f"norm={norm!r}, expected 'layer' or None")
+        if norm not in ("layer", "group", None):
+            raise ValueError(f"norm={norm!r}, expected 'layer', 'group' or None")
         if isinstance(backbone, str):
             self.name: str | None = backbone
             backbone = create_backbone(backbone, pretrained=pretrained, **kwargs)
@@ -125,7 +126,11 @@ class Pyramid(nn.Module):
         kept = backbone.state_dict()
         backbone.pruned_entries = frozenset(name for name in entries if name not in kept)
         self.backbone = backbone
-        self.norms = nn.ModuleList(LayerNorm2d(c, eps=1e-5) for c in self.channels) if norm else None
+        self.norms = None
+        if norm is not None:
+            self.norms = nn.ModuleList(
+                LayerNorm2d(c, eps=1e-5) if norm == "layer" else nn.GroupNorm(1, c, eps=1e-5) for c in self.channels
+            )
 
     def _tap_stages(self, backbone: nn.Module, reductions: list[int]) -> None:
         last = {reduction: i for i, reduction in enumerate(reductions)}
