@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,20 @@ def golden_cases(*families: str) -> list[Case]:
     """The cases under `tests/golden`, of the given families or of all."""
     folders = [GOLDEN / f for f in families] if families else sorted(p for p in GOLDEN.iterdir() if p.is_dir())
     return [Case(path) for folder in folders for path in sorted(folder.glob("*.json"))]
+
+
+def data_folder(case: Case, name: str) -> Path:
+    """The data set `name` that a case was measured on: under $ZOO_DATA, beside the golden files, or in tests/data.
+
+    Raises:
+        FileNotFoundError: it is in none of these.
+    """
+    roots = [Path(os.environ[key]) for key in ("ZOO_DATA",) if key in os.environ]
+    roots += [case.path.resolve().parents[2] / "data", GOLDEN.parent / "data"]
+    for root in roots:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"{case.name} needs the data set {name}, which is not in {', '.join(map(str, roots))}")
 
 
 def output_error(record: dict, output: Tensor) -> float:
