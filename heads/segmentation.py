@@ -45,9 +45,12 @@ def create_segmenter(
     """
     if name not in SEGMENTERS:
         raise ValueError(f"no segmenter is called {name!r}: choose one of {', '.join(SEGMENTERS)}")
+    arguments = dict(name=name, backbone=backbone, num_classes=num_classes, task=task, backbone_args=backbone_args)
     pyramid = Pyramid(backbone, pretrained=pretrained_backbone, **(backbone_args or {}))
     model = Pem(pyramid, num_classes, task, **kwargs)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"{len(class_names)} class names for {num_classes} classes: pass one for each class")
     model.class_names = None if class_names is None else list(class_names)
+    if isinstance(backbone, str):  # a built one cannot be described in a file
+        model.zoo_door = ("create_segmenter", arguments | kwargs)
     return model

@@ -30,12 +30,15 @@ def save_model(
     input_config: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
-    """Write the weights of a timm or zoo model to a safetensors file that `load_model` can rebuild it from.
+    """Write the weights of a model to a safetensors file that `load_model` can rebuild it from.
+
+    Classifiers are rebuilt by `timm.create_model`. What one of zoo's doors built (`create_detector`, ...) carries
+    `model.zoo_door`, the door's name and the arguments of plain types that it was called with.
 
     The file appears under its name only when it is complete: it is written beside it, synced and renamed.
 
     Args:
-        model: a model that `timm.create_model` built.
+        model: a model that `timm.create_model` or one of zoo's doors built.
         path: file to write.
         model_args: keyword arguments that the model was created with, besides `num_classes` and `in_chans`.
         class_names: what the outputs stand for, in order.
@@ -56,6 +59,9 @@ def save_model(
         | dict(input_config or {}),
         **metadata,
     }
+    door = getattr(model, "zoo_door", None)
+    if door is not None:
+        described["door"], described["door_args"] = door
     tensors = {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in (state_dict or model.state_dict()).items()
@@ -93,7 +99,7 @@ def load_model(path: str | PathLike, **overrides: Any) -> nn.Module:
 
     Args:
         path: a `.safetensors` file written by `zoo train` or `save_model`.
-        overrides: arguments for `timm.create_model` that replace the recorded ones.
+        overrides: arguments for `timm.create_model` or the door that replace the recorded ones.
 
     Raises:
         CheckpointError: the file does not say which model it belongs to.
@@ -103,6 +109,8 @@ def load_model(path: str | PathLike, **overrides: Any) -> nn.Module:
             f"{path} does not say which model it belongs to: create the model and call zoo.load_checkpoint(model, path)"
         )
     described = read_metadata(path)
+    if described.get("door"):
+        return _through_door(path, described, overrides)
     if not described.get("model"):
         raise CheckpointError(
             f"{path} was not written by zoo and does not say which model it belongs to: "
@@ -122,4 +130,23 @@ def load_model(path: str | PathLike, **overrides: Any) -> nn.Module:
         load_checkpoint(model, path)
     model.class_names = described.get("class_names")
     model.zoo_metadata = described
+    return model.eval()
+
+
+# doors that a file may name: nothing else is called on a file's word
+_DOORS = ("create_detector", "create_segmenter", "create_upscaler")
+
+
+def _through_door(path: str | PathLike, described: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
+    import zoo
+
+    if described["door"] not in _DOORS:
+        raise CheckpointError(f"{path} wants to be built by {described['door']!r}, which zoo does not have")
+    # weights come from the file: none are downloaded for the backbone
+    arguments = {**described["door_args"], "pretrained_backbone": False, **overrides}
+    model = getattr(zoo, described["door"])(**arguments)
+    with torch.no_grad():
+        load_checkpoint(model, path)
+    model.class_names = described.get("class_names")
+    model.zoo_metadata = dict(described)
     return model.eval()
