@@ -11,25 +11,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchvision.models.detection import fcos, retinanet
 from torchvision.ops import sigmoid_focal_loss
 
-from zoo.heads.detection import Detector, Target
+from zoo.heads.detection import Detector, Target, batch_mean_count
 from zoo.heads.fpn import Anchors, FpnBackbone, ImageTransform
 from zoo.heads.pyramid import Pyramid
-
-
-def batch_mean_count(count: Tensor) -> Tensor:
-    """`count` over all processes, at least 1, as each process's share of it."""
-    count = count.detach().float()
-    world = 1
-    if dist.is_available() and dist.is_initialized():
-        world = dist.get_world_size()
-        count = count.clone()
-        dist.all_reduce(count)
-    return count.clamp(min=1) / world
 
 
 class _RetinaNetHead(retinanet.RetinaNetHead):

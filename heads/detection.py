@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -171,12 +172,27 @@ def check_targets(targets: Sequence[Target], images: Sequence[Tensor], num_class
             raise ValueError(f"target {i} has box {number} {box} with label {int(labels[k])} {what}")
 
 
+def batch_mean_count(count: Tensor) -> Tensor:
+    """`count` of the whole batch over all processes, at least 1, as each process's share of it.
+
+    Losses that are divided by it average over processes to what one process with the whole batch computes.
+    """
+    count = count.detach().float()
+    world = 1
+    if dist.is_available() and dist.is_initialized():
+        world = dist.get_world_size()
+        count = count.clone()
+        dist.all_reduce(count)
+    return count.clamp(min=1) / world
+
+
 def detector_classes() -> dict[str, type[Detector]]:
     """Name -> class of every detector."""
     from zoo.heads.anchor_detectors import Fcos, RetinaNet
     from zoo.heads.rcnn import FasterRcnn, MaskRcnn
+    from zoo.heads.rt_detr import RtDetr
 
-    return {cls.head_name: cls for cls in (RetinaNet, Fcos, FasterRcnn, MaskRcnn)}
+    return {cls.head_name: cls for cls in (RetinaNet, Fcos, FasterRcnn, MaskRcnn, RtDetr)}
 
 
 def create_detector(
@@ -184,7 +200,7 @@ def create_detector(
     backbone: str | nn.Module,
     num_classes: int = 80,
     *,
-    pretrained: bool = False,
+    pretrained_backbone: bool = False,
     norm: str | None = None,
     backbone_args: Mapping[str, Any] | None = None,
     **arguments: Any,
@@ -195,8 +211,8 @@ def create_detector(
         head: "retinanet", "fcos", "faster_rcnn", "mask_rcnn" or "rt_detr".
         backbone: name of a model, or a built one.
         num_classes: classes besides the background.
-        pretrained: load the backbone's released classification weights. For a file of them, build without and call
-            `zoo.load_checkpoint(model.pyramid.backbone, path, head="keep")`.
+        pretrained_backbone: load the backbone's released classification weights. For a file of them, build without and
+            call `zoo.load_checkpoint(model.pyramid.backbone, path, head="keep")`.
         norm: "layer" or "group" puts a norm behind each of the backbone's maps, see `Pyramid`.
         backbone_args: arguments of the backbone, such as `dict(drop_path_rate=0.1)`.
         arguments: of the head: `class_names`, `frozen_bn`, `min_size`, `max_size`, `image_mean`, `image_std`,
@@ -214,5 +230,5 @@ def create_detector(
     if unknown:
         takes = ", ".join(name for name in known if name not in ("pyramid", "num_classes"))
         raise ValueError(f"{head} does not take {', '.join(unknown)}: it takes {takes}")
-    pyramid = Pyramid(backbone, cls.strides, pretrained=pretrained, norm=norm, **dict(backbone_args or {}))
+    pyramid = Pyramid(backbone, cls.strides, pretrained=pretrained_backbone, norm=norm, **dict(backbone_args or {}))
     return cls(pyramid, num_classes, **arguments)
