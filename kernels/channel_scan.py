@@ -17,15 +17,38 @@ need B and C of that size.
 Cost for M pixels: about K M W (9 N + 2 N + 8) FLOPs; 2 M W elements moved if all four orders are taken at once,
 and K W (3 + 2N) weights. Pixels are taken in tiles that fit into the cache. The backward pass keeps only the
 input and runs each tile again.
+
+On a GPU a program has a block of pixels and walks along the channels, two opposite directions after each other, so
+that two maps of float32 are written and added: 6 M W elements moved forward, 10 M W backward, which recomputes the
+states and keeps those before each 16 steps of its block only. A few hundred programs share all blocks; each has its
+own sums of the gradients of B and C, of at most twice the input's size together.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.dispatch import use_triton
+from zoo.kernels.jit import cdiv, next_power_of_2, triton_jit
 from zoo.kernels.scan_steps import scan_steps, scan_steps_backward, softplus, working_dtype
+from zoo.kernels.scan_tiles import (
+    T,
+    position,
+    quicken_interpreter,
+    scan_tile,
+    scan_tile_with_previous,
+    sigmoid,
+    softplus_slope,
+    softplus_tile,
+    unsupported,
+)
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 __all__ = ["channel_orders", "channel_scan", "reference"]
 
@@ -61,7 +84,7 @@ def channel_scan(
     Returns:
         (..., W) in the wider type of `x` and `D`; computed in float32 or float64, also under autocast.
     """
-    return torch.ops.zoo.channel_scan(x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
+    return _channel_scan_on_device(x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
 
 
 def reference(
@@ -92,6 +115,26 @@ def reference(
         out = scan(u, dt_weight[k] * u + dt_bias[k], A[k : k + 1], B[k] * u, C[k] * u, softplus=True) + D[k] * u
         y = y + out[:, 0, orders[:, k].argsort()]
     return y.view(x.shape)
+
+
+@torch.fx.wrap
+def _channel_scan_on_device(
+    x: Tensor,
+    expand: int,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+) -> Tensor:
+    if not torch.jit.is_scripting():
+        weights = (conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
+        if use_triton("channel_scan", x, *weights, unsupported=unsupported(A.shape[1])):
+            return torch.ops.zoo.channel_scan_triton(x, expand, *weights)
+    return torch.ops.zoo.channel_scan(x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
 
 
 def channel_orders(width: int, expand: int, device: torch.device | None = None) -> Tensor:
@@ -235,7 +278,7 @@ def _channel_scan(
 
 
 @_channel_scan.register_fake
-def _(x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D):
+def _fake(x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D):
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, D.dtype))
 
 
@@ -269,7 +312,7 @@ def _channel_scan_backward(
 
 
 @_channel_scan_backward.register_fake
-def _(dy, x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D):
+def _fake_backward(dy, x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D):
     tensors = (x, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
 
@@ -286,6 +329,380 @@ def _backward(ctx, dy):
 
 
 _channel_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+# The operator on a GPU -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("zoo::channel_scan_triton", mutates_args=())
+def _channel_scan_triton(
+    x: Tensor,
+    expand: int,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+) -> Tensor:
+    return launch_forward(x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
+
+
+_channel_scan_triton.register_fake(_fake)
+
+
+@torch.library.custom_op("zoo::channel_scan_triton_backward", mutates_args=())
+def _channel_scan_triton_backward(
+    dy: Tensor,
+    x: Tensor,
+    expand: int,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return launch_backward(dy, x, expand, conv_weight, conv_bias, dt_weight, dt_bias, A, B, C, D)
+
+
+_channel_scan_triton_backward.register_fake(_fake_backward)
+
+
+def _backward_triton(ctx, dy):
+    x, *weights = ctx.saved_tensors
+    dx, *grads = _channel_scan_triton_backward(dy, x, ctx.expand, *weights)
+    return dx, None, *grads
+
+
+_channel_scan_triton.register_autograd(_backward_triton, setup_context=_setup_context)
+
+
+def launch_forward(x: Tensor, expand: int, *weights: Tensor) -> Tensor:
+    """`channel_scan` through the kernels."""
+    pixels, weights, constants = _arguments(x, expand, weights)
+    y = pixels.new_empty(2, *pixels.shape, dtype=weights[0].dtype)
+    rows = pixels.shape[0]
+    _channel_forward[(cdiv(rows, constants["BLOCK"]), 2)](
+        pixels,
+        *weights,
+        y,
+        rows,
+        x.shape[-1],
+        x.shape[-1] // expand,
+        expand,
+        **constants,
+        num_warps=_warps(constants, 4),
+    )
+    return (y[0] + y[1]).view(x.shape).to(torch.promote_types(x.dtype, weights[-1].dtype))
+
+
+def launch_backward(dy: Tensor, x: Tensor, expand: int, *sources: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x and the weights through the kernels."""
+    pixels, weights, constants = _arguments(x, expand, sources)
+    rows, width = pixels.shape
+    states = weights[4].shape[1]
+    blocks = cdiv(rows, constants["BLOCK"])
+    slots = max(1, min(blocks, max(32, blocks // 2), PROGRAMS // 2))
+    new = weights[0].new_zeros
+    dx = torch.empty(2, rows, width, dtype=weights[0].dtype, device=x.device)
+    # of a pixel block: the states before each tile, and the gradient behind the convolution
+    starts = weights[0].new_empty(2 * slots, cdiv(width, T), constants["BLOCK"], constants["NP"])
+    behind = weights[0].new_empty(2 * slots, width, constants["BLOCK"])
+    d_filters, d_bias = new(slots, 4, weights[0].shape[1]), new(slots, 4)
+    d_steps = new(slots, 3, 4, width)  # of dt_weight, dt_bias and D
+    dA, dB, dC = new(slots, 4, states), new(slots, *weights[5].shape), new(slots, *weights[6].shape)
+    _channel_backward[(slots, 2)](
+        pixels,
+        *weights,
+        dy.reshape(pixels.shape).contiguous(),
+        starts,
+        behind,
+        dx,
+        d_filters,
+        d_bias,
+        d_steps,
+        dA,
+        dB,
+        dC,
+        rows,
+        width,
+        width // expand,
+        expand,
+        slots,
+        **constants,
+        num_warps=_warps(constants, 8),
+    )
+    d_dt_weight, d_dt_bias, d_skip = d_steps.sum(0)
+    sums = (d_filters.sum(0), d_bias.sum(0), d_dt_weight, d_dt_bias, dA.sum(0), dB.sum(0), dC.sum(0), d_skip)
+    grads = (g.view(s.shape).to(s.dtype, copy=True) for g, s in zip(sums, sources))
+    return (dx[0] + dx[1]).view(x.shape).to(x.dtype), *grads
+
+
+PROGRAMS = 512
+
+
+def _arguments(x: Tensor, expand: int, weights: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor], dict]:
+    """Pixels (M, W), weights in the working type, and the constants of the kernels."""
+    quicken_interpreter()
+    conv_weight, _, dt_weight, dt_bias, A, B, C, D = weights
+    _check(x, conv_weight, dt_weight, dt_bias, A, B, C, D)
+    if x.shape[-1] % expand:
+        channel_orders(x.shape[-1], expand)  # raises
+    dtype = working_dtype(x, *weights)
+    padded = max(2, next_power_of_2(A.shape[1]))
+    taps = conv_weight.shape[1]
+    constants = dict(
+        N=A.shape[1], TAPS=taps, NP=padded, TAPS_PADDED=next_power_of_2(taps), BLOCK=min(16, 256 // padded), STEPS=T
+    )
+    return x.flatten(0, -2).contiguous(), [w.to(dtype).contiguous() for w in weights], constants
+
+
+def _warps(constants: dict, full: int) -> int:
+    return max(1, full * constants["BLOCK"] * constants["NP"] // 256)
+
+
+# Kernels: rows are pixels, steps are channels. A direction `g` reads the grid by columns if g is odd, and from its
+# end if g is 2 or 3; q is a place in the order of reading from the beginning, and `step` = q or W - 1 - q.
+
+
+@triton_jit
+def _load(X, m, m_live, q, column, width, height, columns, dtype: tl.constexpr):
+    """Values (T, pixels) at places q, zero outside."""
+    inside = ((q >= 0) & (q < width))[:, None] & m_live[None, :]
+    return tl.load(X + m[None, :] * width + position(q, column, height, columns)[:, None], inside, 0.0).to(dtype)
+
+
+@triton_jit
+def _tile(
+    X,
+    FILTERS,
+    BIAS,
+    DT_WEIGHT,
+    DT_BIAS,
+    B,
+    C,
+    D,
+    g,
+    m,
+    m_live,
+    q,
+    n,
+    column,
+    width,
+    height,
+    columns,
+    REVERSE: tl.constexpr,
+    N: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """Convolution, u, raw step, step size (T, pixels), B and C (T, N), dt_weight and skip (T) of some steps."""
+    live = q < width
+    step = (width - 1 - q) if REVERSE else q
+    dtype: tl.constexpr = BIAS.dtype.element_ty
+    conv = tl.zeros([q.shape[0], m.shape[0]], dtype) + tl.load(BIAS + g)
+    for tap in tl.static_range(TAPS):
+        there = (q - (tap - TAPS // 2)) if REVERSE else (q + (tap - TAPS // 2))
+        x = _load(X, m, m_live, there, column, width, height, columns, dtype)
+        conv += tl.load(FILTERS + g * TAPS + tap) * x
+    u = conv * sigmoid(conv)
+    p = tl.load(DT_WEIGHT + g * width + step, live, 0.0)
+    raw = p[:, None] * u + tl.load(DT_BIAS + g * width + step, live, 0.0)[:, None]
+    d = tl.where(live[:, None] & m_live[None, :], softplus_tile(raw), 0.0)
+    at = (g * N + n)[None, :] * width + step[:, None]
+    mask = live[:, None] & (n < N)[None, :]
+    b = tl.load(B + at, mask, 0.0)
+    c = tl.load(C + at, mask, 0.0)
+    return conv, u, raw, d, b, c, p, tl.load(D + g * width + step, live, 0.0)
+
+
+@triton_jit
+def _channel_forward(
+    X,
+    FILTERS,
+    BIAS,
+    DT_WEIGHT,
+    DT_BIAS,
+    A,
+    B,
+    C,
+    D,
+    Y,
+    rows,
+    width,
+    height,
+    columns,
+    N: tl.constexpr,
+    TAPS: tl.constexpr,
+    NP: tl.constexpr,
+    TAPS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    pair = tl.program_id(1)
+    column = pair == 1
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_live = m < rows
+    n = tl.arange(0, NP)
+    tiles = tl.cdiv(width, STEPS)
+    for direction in tl.static_range(2):
+        g = pair + 2 * direction
+        a = tl.load(A + g * N + n, n < N, 0.0)
+        h = tl.zeros([BLOCK, NP], Y.dtype.element_ty)
+        for j in range(tiles):
+            q = ((tiles - 1 - j) if direction == 1 else j) * STEPS + tl.arange(0, STEPS)
+            _, u, _, d, b, c, _, skip = _tile(
+                X, FILTERS, BIAS, DT_WEIGHT, DT_BIAS, B, C, D, g, m, m_live, q, n, column, width, height, columns,
+                direction == 1, N, TAPS,
+            )  # fmt: skip
+            inner = (d * u * u)[:, :, None] * b[:, None, :]
+            states, h = scan_tile(tl.exp(d[:, :, None] * a[None, None, :]), inner, h, STEPS, direction == 1)
+            y = u * (tl.sum(states * c[:, None, :], 2) + skip[:, None])
+            at = (pair.to(tl.int64) * rows + m)[None, :] * width + position(q, column, height, columns)[:, None]
+            mask = (q < width)[:, None] & m_live[None, :]
+            if direction == 1:
+                y += tl.load(Y + at, mask, 0.0)
+            tl.store(Y + at, y, mask)
+        tl.debug_barrier()  # the opposite direction adds to what this one wrote
+
+
+@triton_jit
+def _add(POINTER, at, value, mask):
+    tl.store(POINTER + at, tl.load(POINTER + at, mask, 0.0) + value, mask)
+
+
+@triton_jit
+def _channel_backward(
+    X,
+    FILTERS,
+    BIAS,
+    DT_WEIGHT,
+    DT_BIAS,
+    A,
+    B,
+    C,
+    D,
+    DY,
+    STARTS,
+    BEHIND,
+    DX,
+    DFILTERS,
+    DBIAS,
+    DSTEPS,
+    DA,
+    DB,
+    DC,
+    rows,
+    width,
+    height,
+    columns,
+    slots,
+    N: tl.constexpr,
+    TAPS: tl.constexpr,
+    NP: tl.constexpr,
+    TAPS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    pair = tl.program_id(1)
+    column = pair == 1
+    n = tl.arange(0, NP)
+    local = tl.arange(0, BLOCK)
+    taps = tl.arange(0, TAPS_PADDED)
+    tiles = tl.cdiv(width, STEPS)
+    dtype: tl.constexpr = BIAS.dtype.element_ty
+    program = (pair * slots + slot).to(tl.int64)
+    starts = STARTS + program * tiles * BLOCK * NP + local[:, None] * NP + n[None, :]
+    behind = BEHIND + program * width * BLOCK + local[None, :]
+    for block in range(slot, tl.cdiv(rows, BLOCK), slots):
+        m = tl.cast(block, tl.int64) * BLOCK + local
+        m_live = m < rows
+        for direction in tl.static_range(2):
+            g = pair + 2 * direction
+            kind = slot * 4 + g
+            a = tl.load(A + g * N + n, n < N, 0.0)
+            h = tl.zeros([BLOCK, NP], dtype)
+            for j in range(tiles):  # the state before each tile
+                tile = (tiles - 1 - j) if direction == 1 else j
+                tl.store(starts + tile * (BLOCK * NP), h)
+                q = tile * STEPS + tl.arange(0, STEPS)
+                _, u, _, d, b, _, _, _ = _tile(
+                    X, FILTERS, BIAS, DT_WEIGHT, DT_BIAS, B, C, D, g, m, m_live, q, n, column, width, height, columns,
+                    direction == 1, N, TAPS,
+                )  # fmt: skip
+                inner = (d * u * u)[:, :, None] * b[:, None, :]
+                _, h = scan_tile(tl.exp(d[:, :, None] * a[None, None, :]), inner, h, STEPS, direction == 1)
+            tl.debug_barrier()
+            carry = tl.zeros([BLOCK, NP], dtype)
+            da = tl.zeros([NP], dtype)
+            dbias = tl.zeros([BLOCK], dtype)
+            dfilters = tl.zeros([TAPS_PADDED], dtype)
+            for j in range(tiles):
+                tile = j if direction == 1 else (tiles - 1 - j)
+                q = tile * STEPS + tl.arange(0, STEPS)
+                live = q < width
+                mask = live[:, None] & m_live[None, :]
+                conv, u, raw, d, b, c, p, skip = _tile(
+                    X, FILTERS, BIAS, DT_WEIGHT, DT_BIAS, B, C, D, g, m, m_live, q, n, column, width, height, columns,
+                    direction == 1, N, TAPS,
+                )  # fmt: skip
+                dy = _load(DY, m, m_live, q, column, width, height, columns, dtype)
+                decay = tl.exp(d[:, :, None] * a[None, None, :])
+                inner = (d * u * u)[:, :, None] * b[:, None, :]
+                h = tl.load(starts + tile * (BLOCK * NP))
+                states, previous, _ = scan_tile_with_previous(decay, inner, h, STEPS, direction == 1)
+                dout = dy * u
+                direct = dout[:, :, None] * c[:, None, :]
+                carries, after, carry = scan_tile_with_previous(decay, decay * direct, carry, STEPS, direction == 0)
+                grad = direct + after
+                through = carries * previous  # gradient of d A
+                dv = tl.sum(grad * b[:, None, :], 2)
+                draw = (dv * u * u + tl.sum(through * a[None, None, :], 2)) * softplus_slope(raw)
+                draw = tl.where(mask, draw, 0.0)
+                du = dy * (tl.sum(states * c[:, None, :], 2) + skip[:, None]) + 2.0 * dv * d * u + draw * p[:, None]
+                gate = sigmoid(conv)
+                dconv = tl.where(mask, du * gate * (1.0 + conv * (1.0 - gate)), 0.0)
+                tl.store(behind + q[:, None] * BLOCK, dconv, live[:, None] & (local < BLOCK)[None, :])
+                dbias += tl.sum(dconv, 0)
+                da += tl.sum(tl.sum(through * d[:, :, None], 0), 0)
+                for tap in tl.static_range(TAPS):
+                    there = (q - (tap - TAPS // 2)) if direction == 1 else (q + (tap - TAPS // 2))
+                    x = _load(X, m, m_live, there, column, width, height, columns, dtype)
+                    dfilters += tl.where(taps == tap, tl.sum(tl.sum(dconv * x, 0), 0), 0.0)
+                # sums over the pixels that this program has had
+                step = (width - 1 - q) if direction == 1 else q
+                step_at = g * width + step
+                plane = (slot * 3 * 4).to(tl.int64) * width
+                _add(DSTEPS, plane + step_at, tl.sum(draw * u, 1), live)
+                _add(DSTEPS, plane + 4 * width + step_at, tl.sum(draw, 1), live)
+                _add(DSTEPS, plane + 8 * width + step_at, tl.sum(dout, 1), live)
+                at = ((kind * N).to(tl.int64) + n)[None, :] * width + step[:, None]
+                n_mask = live[:, None] & (n < N)[None, :]
+                _add(DB, at, tl.sum(grad * (d * u * u)[:, :, None], 1), n_mask)
+                _add(DC, at, tl.sum(states * dout[:, :, None], 1), n_mask)
+            _add(DA, kind * N + n, da, n < N)
+            _add(DFILTERS, kind * TAPS + taps, dfilters, taps < TAPS)
+            tl.store(DBIAS + kind, tl.load(DBIAS + kind) + tl.sum(dbias, 0))
+            tl.debug_barrier()
+            for tile in range(tiles):  # through the convolution
+                q = tile * STEPS + tl.arange(0, STEPS)
+                dx = tl.zeros([STEPS, BLOCK], dtype)
+                for tap in tl.static_range(TAPS):
+                    there = (q + (tap - TAPS // 2)) if direction == 1 else (q - (tap - TAPS // 2))
+                    inside = (there >= 0) & (there < width)
+                    dconv = tl.load(behind + there[:, None] * BLOCK, inside[:, None] & (local < BLOCK)[None, :], 0.0)
+                    dx += tl.load(FILTERS + g * TAPS + tap) * dconv
+                at = (pair.to(tl.int64) * rows + m)[None, :] * width + position(q, column, height, columns)[:, None]
+                mask = (q < width)[:, None] & m_live[None, :]
+                if direction == 1:
+                    dx += tl.load(DX + at, mask, 0.0)
+                tl.store(DX + at, dx, mask)
+            tl.debug_barrier()
 
 
 def _check(x, conv_weight, dt_weight, dt_bias, A, B, C, D) -> None:

@@ -15,6 +15,12 @@ projection. To stay near that
 - x is read through the orders, and outputs are added to two maps (one row-major, one column-major), so that
   no reordered copy of x and no separate y_k exists;
 - the state is kept at segment borders only (`scan_steps.py`), which takes less room than x.
+
+On a GPU (`scan_tiles.py`) the projection is a product of torch's, everything after it one kernel. Opposite directions
+are added by the program that runs both, so that two maps of float32 are written and added, 5 L D elements for the
+output in place of the 9 of four; each block of 16 channels reads r, B and C, from the second-level cache. The backward
+pass adds up gradients of r, B and C over the channels in the program, in at most four slots, which would otherwise be
+D / 16 times as large. Exponentials, N for each of the K L D steps, take about as long as all that memory.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import scan_tiles
+from zoo.kernels.dispatch import use_triton
 from zoo.kernels.scan_steps import num_segments, scan_steps, scan_steps_backward, softplus, working_dtype
 
 __all__ = ["cross_merge", "cross_scan", "reference", "scan2d", "scan_orders"]
@@ -58,7 +66,7 @@ def scan2d(
     Returns:
         (B, H, W, D) in the wider type of `x` and `D`; computed in float32 or float64, also under autocast.
     """
-    return torch.ops.zoo.scan2d(x, proj_weight, dt_weight, dt_bias, A, D, mode)[0]
+    return _scan2d_on_device(x, proj_weight, dt_weight, dt_bias, A, D, mode)
 
 
 def reference(
@@ -80,6 +88,17 @@ def reference(
     dt = torch.einsum("bkrl,kdr->bkdl", r, dt_weight)
     y = scan(xs.flatten(1, 2), dt.flatten(1, 2), A, B, C, D, dt_bias=dt_bias.flatten(), softplus=True)
     return cross_merge(y.view(batch, 4, dim, -1), height, width, mode).permute(0, 2, 3, 1)
+
+
+@torch.fx.wrap
+def _scan2d_on_device(
+    x: Tensor, proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, mode: str
+) -> Tensor:
+    if not torch.jit.is_scripting():
+        weights = (proj_weight, dt_weight, dt_bias, A, D)
+        if use_triton("scan2d", x, *weights, unsupported=scan_tiles.unsupported(A.shape[1], dt_weight.shape[2])):
+            return torch.ops.zoo.scan2d_triton(x, *weights, mode)[0]
+    return torch.ops.zoo.scan2d(x, proj_weight, dt_weight, dt_bias, A, D, mode)[0]
 
 
 def scan_orders(height: int, width: int, mode: str = "cross", device: torch.device | None = None) -> Tensor:
@@ -285,6 +304,102 @@ def _backward(ctx, dy, dborders):
 
 
 _scan2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+# The operator on a GPU -----------------------------------------------------------------------------------------
+
+
+def _tiled(x, proj_weight, dt_weight, dt_bias, A, D, mode) -> tuple[scan_tiles.Shape, scan_tiles.Inputs, Tensor]:
+    """Sizes and inputs of the kernels, and x (b L, D) in the working type, which the projection reads."""
+    _check(x, proj_weight, dt_weight, dt_bias, A, D)
+    _check_mode(mode)
+    batch, height, width, dim = x.shape
+    directions = MODES[mode]
+    shape = scan_tiles.Shape(
+        batch,
+        4,
+        dim,
+        height * width,
+        A.shape[1],
+        dt_weight.shape[2],
+        height,
+        width,
+        pixels=True,
+        column=directions[1][0],
+        back=directions[2][1],
+    )
+    wide, proj_weight, dt_weight, dt_bias, A, D = _working(x, proj_weight, dt_weight, dt_bias, A, D)
+    wide = wide.view(-1, dim)
+    projected = (wide @ proj_weight.flatten(0, 1).t()).view(batch, height * width, 4, proj_weight.shape[1])
+    given = scan_tiles.Inputs(
+        x.contiguous(), projected, projected, projected, dt_weight, dt_bias, A, D, None, softplus=True
+    )
+    return shape, given, wide
+
+
+@torch.library.custom_op("zoo::scan2d_triton", mutates_args=())
+def _scan2d_triton(
+    x: Tensor, proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, mode: str
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return launch_forward(x, proj_weight, dt_weight, dt_bias, A, D, mode)
+
+
+def launch_forward(x, proj_weight, dt_weight, dt_bias, A, D, mode) -> tuple[Tensor, Tensor]:
+    """Output and borders, through `scan_tiles`."""
+    shape, given, _ = _tiled(x, proj_weight, dt_weight, dt_bias, A, D, mode)
+    maps = given.A.new_empty(2, *x.shape)
+    borders, _ = scan_tiles.forward(shape, given, maps)
+    return (maps[0] + maps[1]).to(torch.promote_types(x.dtype, D.dtype)), borders
+
+
+@_scan2d_triton.register_fake
+def _(x, proj_weight, dt_weight, dt_bias, A, D, mode):
+    batch, height, width, _ = x.shape
+    borders = x.new_empty(batch, -(-height * width // scan_tiles.SEGMENT), *A.shape, dtype=working_dtype(x, D))
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, D.dtype)), borders
+
+
+@torch.library.custom_op("zoo::scan2d_triton_backward", mutates_args=())
+def _scan2d_triton_backward(
+    dy: Tensor,
+    x: Tensor,
+    proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    borders: Tensor,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        return launch_backward(dy, x, proj_weight, dt_weight, dt_bias, A, D, borders, mode)
+
+
+def launch_backward(dy, x, proj_weight, dt_weight, dt_bias, A, D, borders, mode) -> tuple[Tensor, ...]:
+    """Gradients of x and the weights, through `scan_tiles`."""
+    shape, given, wide = _tiled(x, proj_weight, dt_weight, dt_bias, A, D, mode)
+    grads = scan_tiles.backward(shape, given, borders, dy.contiguous(), None)
+    d_projected = grads.step.sum(0).view(wide.shape[0], -1)
+    du = (grads.u[0] + grads.u[1]).view(wide.shape)
+    dx = du.addmm_(d_projected, proj_weight.to(du.dtype).flatten(0, 1))
+    weights = (d_projected.t() @ wide, *(g.sum(0) for g in (grads.w, grads.bias, grads.A, grads.skip)))
+    sources = (proj_weight, dt_weight, dt_bias, A, D)
+    return dx.view(x.shape).to(x.dtype), *(g.view(t.shape).to(t.dtype) for g, t in zip(weights, sources))
+
+
+@_scan2d_triton_backward.register_fake
+def _(dy, x, proj_weight, dt_weight, dt_bias, A, D, borders, mode):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, proj_weight, dt_weight, dt_bias, A, D)
+    )
+
+
+def _backward_triton(ctx, dy, dborders):
+    return *_scan2d_triton_backward(dy, *ctx.saved_tensors, ctx.mode), None
+
+
+_scan2d_triton.register_autograd(_backward_triton, setup_context=_setup_context)
 
 
 def _check(x: Tensor, proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor) -> None:

@@ -8,6 +8,11 @@ exact discretisation of A, Euler step for B, as every public implementation has 
 Cost for a batch of b sequences of length L with d channels, G groups and N states: about 9 b d N L FLOPs
 forward; (3 d + 2 G N) L elements moved (4 d with the gate), a few FLOPs a byte. Materialising the states would
 move 2 d N L more and more; here only the state at every border of a segment is kept (`scan_steps.py`).
+
+On a GPU one kernel does all of it, step sizes, skip and gate included, and its backward pass recomputes the states
+(`scan_tiles.py`): nothing but the (3 d + 2 G N) L elements above (4 d with the gate), and N / 128 states a channel and
+step; the backward pass moves twice as much, and (d / (16 G)) / 4 or fewer slots of gradients of B and C. Exponentials,
+N for each channel and step, are as much of its time as memory.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels import scan_tiles
+from zoo.kernels.dispatch import use_triton
 from zoo.kernels.scan_steps import num_segments, scan_steps, scan_steps_backward, working_dtype
 
 __all__ = ["reference", "selective_scan"]
@@ -56,6 +63,10 @@ def selective_scan(
     """
     B, C = (m.unsqueeze(1) if m.ndim == 3 else m for m in (B, C))
     _check(u, dt, A, B, C)
+    tensors = (u, dt, A, B, C, D, z, dt_bias)
+    if use_triton("selective_scan", *tensors, unsupported=scan_tiles.unsupported(A.shape[1])):
+        y, last, _ = torch.ops.zoo.selective_scan_triton(*tensors, softplus)
+        return (y, last) if return_last_state else y
     dtype = working_dtype(u, A)
     delta = dt.to(dtype)
     if dt_bias is not None:
@@ -222,3 +233,103 @@ def _backward(ctx, dy, dlast, dborders):
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+# The operator on a GPU, with everything in it ------------------------------------------------------------------
+
+
+@torch.library.custom_op("zoo::selective_scan_triton", mutates_args=())
+def _scan_triton(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_forward(u, dt, A, B, C, D, z, dt_bias, softplus)
+
+
+def launch_forward(u, dt, A, B, C, D, z, dt_bias, softplus) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last states and borders, through `scan_tiles`."""
+    shape, given = _tiled(u, dt, A, B, C, D, z, dt_bias, softplus)
+    y = torch.empty_like(given.u)
+    borders, last = scan_tiles.forward(shape, given, y)
+    return y, last, borders
+
+
+@_scan_triton.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, softplus):
+    b, d, length = u.shape
+    dtype = working_dtype(u, A)
+    borders = u.new_empty(b, -(-length // scan_tiles.SEGMENT), d, A.shape[1], dtype=dtype)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return y, u.new_empty(b, d, A.shape[1], dtype=dtype), borders
+
+
+@torch.library.custom_op("zoo::selective_scan_triton_backward", mutates_args=())
+def _scan_triton_backward(
+    dy: Tensor,
+    dlast: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    borders: Tensor,
+    softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return launch_backward(dy, dlast, u, dt, A, B, C, D, z, dt_bias, borders, softplus)
+
+
+def launch_backward(dy, dlast, u, dt, A, B, C, D, z, dt_bias, borders, softplus) -> tuple[Tensor, ...]:
+    """Gradients in the order of the arguments, through `scan_tiles`; an empty tensor for each that is absent."""
+    shape, given = _tiled(u, dt, A, B, C, D, z, dt_bias, softplus)
+    grads = scan_tiles.backward(shape, given, borders, dy.contiguous(), dlast.to(borders.dtype).contiguous())
+    dA, dB, dC = (g.sum(0).to(t.dtype) for g, t in ((grads.A, A), (grads.B, B), (grads.C, C)))
+    dD, d_bias = (
+        u.new_empty(0) if t is None else g.sum(0).to(t.dtype) for g, t in ((grads.skip, D), (grads.bias, dt_bias))
+    )
+    return grads.u, grads.step, dA, dB, dC, dD, u.new_empty(0) if z is None else grads.z, d_bias
+
+
+@_scan_triton_backward.register_fake
+def _(dy, dlast, u, dt, A, B, C, D, z, dt_bias, borders, softplus):
+    return tuple(
+        u.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (u, dt, A, B, C, D, z, dt_bias)
+    )
+
+
+def _tiled(u, dt, A, B, C, D, z, dt_bias, softplus) -> tuple[scan_tiles.Shape, scan_tiles.Inputs]:
+    b, d, length = u.shape
+    G, N = B.shape[1:3]
+    dtype = working_dtype(u, A)
+    A, bias, skip = (A.new_zeros(d, dtype=dtype) if w is None else w.to(dtype).contiguous() for w in (A, dt_bias, D))
+    u, dt, B, C = (t.contiguous() for t in (u, dt, B, C))
+    z = None if z is None else z.contiguous()
+    return (
+        scan_tiles.Shape(b, G, d // G, length, N),
+        scan_tiles.Inputs(u, dt, B, C, A, bias, A, skip, z, softplus),
+    )
+
+
+def _setup_triton(ctx, inputs, output):
+    *tensors, ctx.softplus = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _backward_triton(ctx, dy, dlast, dborders):
+    *tensors, borders = ctx.saved_tensors
+    grads = _scan_triton_backward(dy, dlast, *tensors, borders, ctx.softplus)
+    return *(None if t is None else g for g, t in zip(grads, tensors)), None
+
+
+_scan_triton.register_autograd(_backward_triton, setup_context=_setup_triton)
