@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from zoo.kernels.attention import widest_head
 from zoo.kernels.dispatch import use_triton
 from zoo.kernels.jit import cdiv, dot, dot_precision, next_power_of_2, on_amd, triton_jit
 
@@ -90,8 +91,8 @@ def _gather_tokens(keys: Tensor, index: Tensor) -> Tensor:
 def _unsupported(queries: Tensor, keys: Tensor, num_heads: int) -> str | None:
     if queries.dtype != keys.dtype:
         return f"queries are {queries.dtype}, keys {keys.dtype}"
-    head_dim = queries.shape[-1] // num_heads
-    return f"a head size of {head_dim} (at most 128)" if head_dim > 128 else None
+    head_dim, limit = queries.shape[-1] // num_heads, widest_head(queries.dtype)
+    return f"a head size of {head_dim} in {queries.dtype} (at most {limit})" if head_dim > limit else None
 
 
 def _gather(keys: Tensor, index: Tensor) -> Tensor:
@@ -275,8 +276,7 @@ def launch_index(queries: Tensor, keys: Tensor, allowed: Tensor, num_heads: int)
     B, Q, C = queries.shape
     N = keys.shape[1]
     head_dim = C // num_heads
-    wide = head_dim > 64 and queries.element_size() > 2  # tiles that would not fit into registers
-    block_q = max(16, min(32 if wide else 128, next_power_of_2(Q)))
+    block_q = max(16, min(128, next_power_of_2(Q)))
     # programs for every multiprocessor, and at least 256 tokens for each
     splits = max(1, min(cdiv(256, max(1, B * num_heads * cdiv(Q, block_q))), N // 256))
     value = queries.new_empty(
@@ -306,7 +306,7 @@ def launch_index(queries: Tensor, keys: Tensor, allowed: Tensor, num_heads: int)
         BLOCK_Q=block_q,
         BLOCK_N=32 if head_dim > 64 else 64,
         PRECISION=dot_precision(queries.dtype),
-        num_warps=8 if wide or block_q > 64 else 4,
+        num_warps=8 if block_q > 64 else 4,
         num_stages=1 if on_amd() else 2,
     )
     if splits == 1:
@@ -323,9 +323,7 @@ def launch_scatter(grad: Tensor, index: Tensor, tokens: int) -> Tensor:
     heads = index.shape[2]
     head_dim = C // heads
     out = torch.empty(B, tokens, C, dtype=grad.dtype, device=grad.device)
-    wide = head_dim > 64 and grad.element_size() > 2
-    block_n = 32 if wide else 64
-    _scatter_kernel[(cdiv(tokens, block_n), B * heads)](
+    _scatter_kernel[(cdiv(tokens, 64), B * heads)](
         grad,
         index,
         out,
@@ -334,10 +332,10 @@ def launch_scatter(grad: Tensor, index: Tensor, tokens: int) -> Tensor:
         tokens,
         D=head_dim,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
-        BLOCK_Q=max(16, min(32 if wide else 64, next_power_of_2(Q))),
-        BLOCK_N=block_n,
+        BLOCK_Q=max(16, min(64, next_power_of_2(Q))),
+        BLOCK_N=64,
         PRECISION=dot_precision(grad.dtype),
-        num_warps=8 if wide else 4,
+        num_warps=4,
         num_stages=1 if on_amd() else 2,
     )
     return out

@@ -153,22 +153,30 @@ def _specialised(launch: Launch) -> tuple[dict, dict, dict, dict]:
     )
     bound.apply_defaults()
     signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(bound.arguments.items()):
-        annotation = str(inspect.signature(function).parameters[name].annotation)
-        if "constexpr" in annotation or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, bool):
-            signature[name] = "i1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    def specialise(path: tuple[int, ...], value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(specialise((*path, i), element) for i, element in enumerate(value))
+        if value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return _POINTERS[value.dtype]
+        if isinstance(value, bool):
+            return "i1"
+        if isinstance(value, int):
             if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+        assert isinstance(value, float), f"{launch.kernel.__name__}: an argument is a {type(value).__name__}"
+        return "fp32"
+
+    for i, (name, value) in enumerate(bound.arguments.items()):
+        if "constexpr" in str(inspect.signature(function).parameters[name].annotation):
+            signature[name], constants[(i,)] = "constexpr", value
         else:
-            assert isinstance(value, float), f"{launch.kernel.__name__}: {name} is a {type(value).__name__}"
-            signature[name] = "fp32"
+            signature[name] = specialise((i,), value)
     return signature, constants, attributes, options
 
 

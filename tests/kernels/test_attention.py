@@ -13,6 +13,7 @@ from zoo.kernels.attention import (
     reference,
     relative_bias,
     resize_relative_table,
+    sum_over_offsets,
 )
 
 B, H, N, M, M2, D = 2, 3, 7, 7, 4, 8
@@ -145,3 +146,27 @@ def test_resized_tables_keep_offset_zero_and_symmetry():
 def test_it_is_torchs_kernel_when_there_is_nothing_to_add():
     q, k, v = (draw(B, H, n, D, grad=False) for n in (N, M, M))
     assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_table_is_its_dense_bias():
+    q, k, v = (draw(B, H, 12, D) for _ in range(3))
+    table = draw(H, 5, 7)
+    dense = draw(H, 12, 12)
+    for form in (attention, reference):
+        out = form(q, k, v, bias=dense, table=table)
+        torch.testing.assert_close(out, form(q, k, v, bias=dense + relative_bias(table)), rtol=0, atol=1e-14)
+
+
+def test_windows_take_turns_over_the_images():
+    q, k, v = (draw(4, H, n, D) for n in (N, M, M))
+    windows = {"bias": draw(2, H, N, M), "key_bias": draw(2, H, M), "mask": torch.rand(2, 1, N, M) > 0.3}
+    repeated = {name: x.repeat(2, *[1] * (x.dim() - 1)) for name, x in windows.items()}
+    for form in (attention, reference):
+        torch.testing.assert_close(form(q, k, v, **windows), form(q, k, v, **repeated), rtol=0, atol=1e-14)
+
+
+def test_sums_over_offsets_are_the_gradient_of_the_dense_bias():
+    for h, w in ((3, 4), (1, 5), (1, 1)):
+        table, grad = draw(2, 2 * h - 1, 2 * w - 1), torch.randn(2, h * w, h * w, dtype=torch.float64)
+        (expected,) = torch.autograd.grad(relative_bias(table), table, grad)
+        torch.testing.assert_close(sum_over_offsets(grad, table), expected, rtol=0, atol=1e-13)
