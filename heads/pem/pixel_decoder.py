@@ -4,7 +4,8 @@
 
 `p_i` are 1x1 projections of the backbone's maps, the context is the projected mean of the coarsest one, a level
 is a deformable convolution (its result is what the transformer decoder reads) followed by a transposed one that
-doubles the map.
+doubles the map. On CPUs all maps are channels-last: the transposed convolution takes a third of the time there, and the
+deformable one gathers whole pixels.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from zoo.heads.pem.deform_conv import deform_conv
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution; on CPUs as a matrix product over pixels, whose result is channels-last whatever `x` is."""
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
+        return conv(x)
+    y = F.linear(x.flatten(2).transpose(1, 2), conv.weight.flatten(1), conv.bias)
+    # with another order of views the batch axis of one image gets a stride that sends oneDNN down a slow path
+    return y.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
 
 
 class ConvNormRelu(nn.Module):
@@ -31,7 +42,7 @@ class ConvNormRelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out, H, W), non-negative."""
-        return self.act(self.norm(self.conv(x)))
+        return self.act(self.norm(pointwise(x, self.conv)))
 
     def reparameterize(self) -> None:
         """Merge the norm into the convolution."""
@@ -94,6 +105,8 @@ class DeformableLevel(nn.Module):
                 self.up.weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias, transpose=True
             )
             self.norm = self.up_norm = nn.Identity()
+            # maps are channels-last here, and weights of another layout would be converted in each call
+            self.to(memory_format=torch.channels_last)
 
 
 class PixelDecoder(nn.Module):

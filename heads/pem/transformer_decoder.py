@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.heads.pem.prototypes import gather_tokens, select_tokens
+from zoo.heads.pem.pixel_decoder import pointwise
+from zoo.kernels.prototype_select import gather_tokens, select_tokens
 
 
 class Prediction(NamedTuple):
@@ -61,6 +62,76 @@ class KeyProjection(nn.Module):
         """(B, C, H, W), position included -> (B, H W, C), each token of length 1 over all channels."""
         x = self.conv(self.norm(features))
         return F.normalize(self.linear(x.flatten(2).transpose(1, 2)), dim=-1)
+
+
+class FoldedKeys(nn.Module):
+    """The keys of one layer from its level's bare projection W f; `KeyProjection` of W f + b + level + position.
+
+    Batch norm, depthwise convolution and linear layer are linear, so what does not depend on the image is a
+    map that is added to the result of the linear layer: y = linear(dw(scale W f)) + C. The zeros that pad the
+    depthwise convolution come after the norm, so C differs at the borders; it is made by the official operations.
+    As each position channel varies along one axis only, C is the sum of a map that does not vary along the inner
+    columns and one that does not along the inner rows: a few lines of each are kept, per size, not the map.
+    """
+
+    def __init__(self, keys: KeyProjection, constant: Tensor):
+        super().__init__()
+        norm, conv = keys.norm, keys.conv
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        self.register_buffer("scale", scale.detach())
+        self.register_buffer("shift", (scale * (constant - norm.running_mean) + norm.bias).detach())
+        self.conv = conv
+        self.linear = keys.linear
+        weight = (conv.weight * scale[:, None, None, None]).detach().contiguous()
+        self.register_buffer("weight", weight)
+        self.lines: tuple | None = None
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """(B, C, H, W), level's features times the projection's weight -> (B, H W, C), each of length 1."""
+        B, C, H, W = projected.shape
+        x = F.conv2d(projected, self.weight, padding=1, groups=C).permute(0, 2, 3, 1)
+        if torch.compiler.is_compiling():
+            y = F.linear(x, self.linear.weight) + self.constant(H, W)
+            return F.normalize(y.flatten(1, 2), dim=-1)
+        y = self._sum_lines(H, W, x.device).expand(B, H, W, C).reshape(B * H * W, C)
+        y.addmm_(x.reshape(B * H * W, C), self.linear.weight.t())
+        return y.div_(torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)).view(B, H * W, C)
+
+    def constant(self, height: int, width: int) -> Tensor:
+        """C for a map of the given size: (H, W, C)."""
+        position = sine_position(height, width, len(self.scale), self.scale.device, self.scale.dtype)
+        return self._propagate(position * self.scale[:, None, None] + self.shift[:, None, None])
+
+    def _propagate(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x[None])[0].permute(1, 2, 0))
+
+    def _sum_lines(self, H: int, W: int, device: torch.device) -> Tensor:
+        key = (H, W, device, self.scale.dtype)
+        if self.lines is None or self.lines[0] != key:
+            self.lines = (key, *self._make_lines(H, W))
+        _, columns, rows = self.lines
+        if columns is None:
+            return rows.clone()
+        y = columns[:, 1:2] + rows[1:2]
+        y[:, 0] += columns[:, 0] - columns[:, 1]
+        y[:, -1] += columns[:, 2] - columns[:, 1]
+        y[0] += rows[0] - rows[1]
+        y[-1] += rows[2] - rows[1]
+        return y
+
+    def _make_lines(self, H: int, W: int) -> tuple[Tensor | None, Tensor]:
+        if min(H, W) < 3:
+            return None, self.constant(H, W)
+        half = len(self.scale) // 2
+        position = sine_position(H, W, 2 * half, self.scale.device, self.scale.dtype)
+        x = position * self.scale[:, None, None]
+        # the y channels and all that is constant, left, inner and right column; the x channels, top, inner, bottom row
+        columns, rows = x[:, :, :3].clone(), x[:, :3].clone()
+        columns[half:] = 0
+        rows[:half] = 0
+        columns = self._propagate(columns + self.shift[:, None, None])
+        rows = self._propagate(rows) - self._propagate(torch.zeros_like(rows))
+        return columns, rows
 
 
 class PrototypeAttention(nn.Module):
@@ -188,6 +259,7 @@ class TransformerDecoder(nn.Module):
         if dim % num_heads or dim % 4:
             raise ValueError(f"dim={dim} is not a multiple of 4 and of num_heads={num_heads}: choose one that is")
         self.dim = dim
+        self.folded = False
         self.num_levels = num_levels
         self.num_classes = num_classes
         self.num_queries = num_queries
@@ -255,13 +327,30 @@ class TransformerDecoder(nn.Module):
             t = layer(t, self.query_pos, keys[i], allowed)
         return self.predict(t, mask_features)[0], earlier
 
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Merge positions, level embeddings and the projections' biases into the keys' norms."""
+        if self.folded:
+            return
+        for i, layer in enumerate(self.layers):
+            level = i % self.num_levels
+            bias = getattr(self.projections[level], "bias", None)
+            constant = self.level_embed[level] if bias is None else self.level_embed[level] + bias
+            layer.cross_attn.keys = FoldedKeys(layer.cross_attn.keys, constant)
+        for projection in self.projections:
+            if isinstance(projection, nn.Conv2d):
+                projection.bias = None
+        self.folded = True
+
     def make_keys(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """The keys of every layer, (B, N, C) each; they depend on the levels alone."""
         features = []
         for level, (x, projection) in enumerate(zip(levels, self.projections)):
-            H, W = x.shape[-2:]
-            position = sine_position(H, W, self.dim, x.device, x.dtype)
-            features.append(projection(x) + self.level_embed[level][:, None, None] + position)
+            x = pointwise(x, projection) if isinstance(projection, nn.Conv2d) else x
+            if not self.folded:
+                position = sine_position(*x.shape[-2:], self.dim, x.device, x.dtype)
+                x = x + (self.level_embed[level][:, None, None] + position)
+            features.append(x)
         return [layer.cross_attn.keys(features[i % self.num_levels]) for i, layer in enumerate(self.layers)]
 
     def predict(self, t: Tensor, mask_features: Tensor) -> tuple[Prediction, Tensor]:
@@ -273,5 +362,15 @@ class TransformerDecoder(nn.Module):
 
 
 def resize_to(x: Tensor, level: Tensor) -> Tensor:
-    """`x` resized bilinearly, without antialiasing, to the size of `level`."""
-    return F.interpolate(x, size=level.shape[-2:], mode="bilinear", align_corners=False)
+    """`x` resized bilinearly, without antialiasing, to the size of `level`.
+
+    At an exact fraction 1 / 2n of the size that is the mean of four pixels, much faster on channels-last maps.
+    """
+    H, W = level.shape[-2:]
+    if not torch.compiler.is_compiling():
+        step = x.shape[-2] // H
+        if step % 2 == 0 and x.shape[-2:] == (step * H, step * W):
+            half = step // 2
+            x = x[..., half - 1 :: step, :] + x[..., half::step, :]
+            return (x[..., half - 1 :: step] + x[..., half::step]).mul_(0.25)
+    return F.interpolate(x, size=(H, W), mode="bilinear", align_corners=False)
