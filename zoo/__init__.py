@@ -34,6 +34,8 @@ __version__ = "0.1.0"
 # name -> module that defines it; resolved on first access, so that `import zoo` stays as light as timm
 _LAZY = {
     "create_detector": "zoo.heads.detection",
+    "create_upscaler": "zoo.heads.craft",
+    "list_heads": "zoo.heads",
     "predict": "zoo.prediction",
     "Prediction": "zoo.prediction",
     "read_image": "zoo.images",
@@ -52,8 +54,10 @@ __all__ = [
     "crate",
     "crate_mae",
     "create_detector",
+    "create_upscaler",
     "fcaformer",
     "fold",
+    "list_heads",
     "list_models",
     "load_checkpoint",
     "metaformer",
