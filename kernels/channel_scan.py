@@ -45,6 +45,7 @@ from zoo.kernels.scan_tiles import (
     softplus_slope,
     softplus_tile,
     unsupported,
+    warps_for,
 )
 
 if TYPE_CHECKING:
@@ -382,9 +383,9 @@ def _backward_triton(ctx, dy):
 _channel_scan_triton.register_autograd(_backward_triton, setup_context=_setup_context)
 
 
-def launch_forward(x: Tensor, expand: int, *weights: Tensor) -> Tensor:
+def launch_forward(x: Tensor, expand: int, *sources: Tensor) -> Tensor:
     """`channel_scan` through the kernels."""
-    pixels, weights, constants = _arguments(x, expand, weights)
+    pixels, weights, constants = _arguments(x, expand, sources)
     y = pixels.new_empty(2, *pixels.shape, dtype=weights[0].dtype)
     rows = pixels.shape[0]
     _channel_forward[(cdiv(rows, constants["BLOCK"]), 2)](
@@ -396,9 +397,9 @@ def launch_forward(x: Tensor, expand: int, *weights: Tensor) -> Tensor:
         x.shape[-1] // expand,
         expand,
         **constants,
-        num_warps=_warps(constants, 4),
+        num_warps=warps_for(4, constants["BLOCK"] * constants["NP"]),
     )
-    return (y[0] + y[1]).view(x.shape).to(torch.promote_types(x.dtype, weights[-1].dtype))
+    return (y[0] + y[1]).view(x.shape).to(torch.promote_types(x.dtype, sources[-1].dtype))
 
 
 def launch_backward(dy: Tensor, x: Tensor, expand: int, *sources: Tensor) -> tuple[Tensor, ...]:
@@ -435,7 +436,7 @@ def launch_backward(dy: Tensor, x: Tensor, expand: int, *sources: Tensor) -> tup
         expand,
         slots,
         **constants,
-        num_warps=_warps(constants, 8),
+        num_warps=warps_for(8, constants["BLOCK"] * constants["NP"]),
     )
     d_dt_weight, d_dt_bias, d_skip = d_steps.sum(0)
     sums = (d_filters.sum(0), d_bias.sum(0), d_dt_weight, d_dt_bias, dA.sum(0), dB.sum(0), dC.sum(0), d_skip)
@@ -460,10 +461,6 @@ def _arguments(x: Tensor, expand: int, weights: tuple[Tensor, ...]) -> tuple[Ten
         N=A.shape[1], TAPS=taps, NP=padded, TAPS_PADDED=next_power_of_2(taps), BLOCK=min(16, 256 // padded), STEPS=T
     )
     return x.flatten(0, -2).contiguous(), [w.to(dtype).contiguous() for w in weights], constants
-
-
-def _warps(constants: dict, full: int) -> int:
-    return max(1, full * constants["BLOCK"] * constants["NP"] // 256)
 
 
 # Kernels: rows are pixels, steps are channels. A direction `g` reads the grid by columns if g is odd, and from its

@@ -380,7 +380,7 @@ def launch_backward(dy, x, proj_weight, dt_weight, dt_bias, A, D, borders, mode)
     """Gradients of x and the weights, through `scan_tiles`."""
     shape, given, wide = _tiled(x, proj_weight, dt_weight, dt_bias, A, D, mode)
     grads = scan_tiles.backward(shape, given, borders, dy.contiguous(), None)
-    d_projected = grads.step.sum(0).view(wide.shape[0], -1)
+    d_projected = grads.step.sum(0).flatten(0, 1).flatten(1)
     du = (grads.u[0] + grads.u[1]).view(wide.shape)
     dx = du.addmm_(d_projected, proj_weight.to(du.dtype).flatten(0, 1))
     weights = (d_projected.t() @ wide, *(g.sum(0) for g in (grads.w, grads.bias, grads.A, grads.skip)))

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from zoo.kernels.jit import cdiv, interpreted, next_power_of_2, triton_jit
+from zoo.kernels.jit import cdiv, interpreted, next_power_of_2, on_amd, triton_jit
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -109,7 +109,7 @@ class Shape:
             BLOCK=self.block,
             STEPS=T,
             SEGMENT_STEPS=SEGMENT,
-            num_warps=max(1, warps * self.block * self.padded // TILE_STATES),
+            num_warps=warps_for(warps, self.block * self.padded),
         )
 
 
@@ -303,6 +303,14 @@ def _find_starts(
         BLOCK=256,
         num_warps=4,
     )
+
+
+def warps_for(full: int, states: int) -> int:
+    """Warps of a program with a state of so many elements, for `full` where registers are filled.
+
+    Threads must not outnumber the elements of a state: they would share the steps, and scans would leave registers.
+    """
+    return max(1, min(full * states // TILE_STATES, states // (64 if on_amd() else 32)))
 
 
 def quicken_interpreter() -> None:
