@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +119,7 @@ class Pem(nn.Module):
 
             self.backbone = freeze_batch_norm_2d(backbone)
         self.head = PemHead(backbone.channels, num_classes, **kwargs)
+        self.class_names: list[str] | None = None
         self.divisor = getattr(backbone, "divisor", max(backbone.strides))
 
     def forward(self, images: Tensor, auxiliary: bool | None = None) -> PemOutput:
@@ -128,6 +129,16 @@ class Pem(nn.Module):
         """
         auxiliary = self.training if auxiliary is None else auxiliary
         return self.head(self.backbone(self.pad(images)), auxiliary)
+
+    def predict(self, image: Any, **options: Any) -> Any:
+        """Segment a picture, or each of several; see `zoo.heads.segmentation_prediction.predict` for the options.
+
+        Returns:
+            A `SegmentationPrediction` with `draw(image)` and `to_dict()`, or a list of them.
+        """
+        from zoo.heads.segmentation_prediction import predict
+
+        return predict(self, image, **options)
 
     def pad(self, images: Tensor) -> Tensor:
         """The images with zeros to the right and below up to a multiple of `divisor`."""

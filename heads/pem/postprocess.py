@@ -8,7 +8,7 @@ the whole image are taken from counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -177,6 +177,34 @@ def semantic_map(class_logits: Tensor, masks: Tensor, geometry: Geometry, resize
     """The best class of each pixel, (H, W) int64, with memory for a few rows of scores only."""
     tiles = [tile.argmax(0) for _, tile in semantic_rows(class_logits, masks, geometry, resize_first)]
     return torch.cat(tiles)
+
+
+def resize_scores(bands: Iterable[Tensor], source: Size, output: Size) -> Iterator[Tensor]:
+    """Score maps that come in bands of rows, resized bilinearly to the output, in bands again.
+
+    Args:
+        bands: (K, rows, W), consecutive, of a map (K, *source).
+        source, output: sizes.
+    """
+    if source == output:
+        yield from bands
+        return
+    held: Tensor | None = None
+    begin = made = 0  # first source row that is held, output rows that are made
+    for band in bands:
+        held = band if held is None else torch.cat((held, band), 1)
+        first, second, share = _row_shares(
+            torch.arange(output[0], device=band.device), source[0], output[0], band.dtype
+        )
+        ready = int((second < begin + held.shape[1]).sum())
+        if ready == made:
+            continue
+        upper, lower = first[made:ready] - begin, second[made:ready] - begin
+        yield _resize_width(torch.lerp(held[:, upper], held[:, lower], share[made:ready, None]), output[1])
+        made = ready
+        if made < output[0]:
+            keep = min(int(first[made]) - begin, held.shape[1])
+            held, begin = held[:, keep:], begin + keep
 
 
 # ---- panoptic
