@@ -789,10 +789,13 @@ def _settings(q: Tensor, v: Tensor, scale: float | None, pairwise: bool, backwar
     N, D, DV = q.shape[2], q.shape[3], v.shape[3]
     block_d, block_dv = (max(16, next_power_of_2(d)) for d in (D, DV))
     width = max(block_d, block_dv)
-    if q.element_size() > 2:
+    single = on_amd() or q.element_size() > 2 or (pairwise and backward)  # no room for a second stage
+    if q.element_size() > 2 and backward:
+        block_q, block_k, warps = 32 if width <= 32 else 16, 16, 4
+    elif q.element_size() > 2:
         block_q, block_k, warps = 32, 32, 4 if width <= 32 else 8
     elif pairwise:
-        block_q, block_k, warps = (32, 32, 4) if backward and width <= 64 else (64, 32, 4 if width <= 64 else 8)
+        block_q, block_k, warps = 32 if backward else 64, 32, 4 if width <= 64 else 8
     elif backward:
         block_q, block_k, warps = (64, 64, 4) if width <= 64 else (64, 32, 8)
     else:
@@ -807,5 +810,5 @@ def _settings(q: Tensor, v: Tensor, scale: float | None, pairwise: bool, backwar
         SCALE=D**-0.5 if scale is None else float(scale),
         PRECISION=dot_precision(q.dtype),
         num_warps=warps,
-        num_stages=1 if on_amd() or q.element_size() > 2 else 2,
+        num_stages=1 if single else 2,
     )

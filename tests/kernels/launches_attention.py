@@ -3,7 +3,7 @@
 import torch
 
 from tests.kernels.compile_only import launches
-from zoo.kernels import attention
+from zoo.kernels import attention, tied_attention
 from zoo.kernels.prototype_select import launch_index, launch_scatter
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -54,3 +54,21 @@ def _attention():
     windows = empty(4, 6, 64, 64, dtype=half), empty(4, 1, 64, 64, dtype=torch.bool)
     yield "bf16, head size 8, windows of 64", lambda: _attend(half, 8, 64, bias=windows[0], mask=windows[1])
     yield "fp32, head size 64, table", lambda: _attend(torch.float32, 64, table=empty(6, 27, 27))
+
+
+def _tie(dtype, D):
+    w = empty(4, 6, 197, D, dtype=dtype)
+    out, lse = tied_attention.launch_forward(w, None)
+    tied_attention.launch_backward(out, w, out, lse, None)
+
+
+@launches("tied_attention")
+def _tied_attention():
+    for dtype, D in (
+        (torch.float16, 32),
+        (torch.bfloat16, 48),
+        (torch.bfloat16, 64),
+        (torch.float16, 128),
+        (torch.float32, 64),
+    ):
+        yield f"{NAMES[dtype]}, head size {D}", lambda a=(dtype, D): _tie(*a)
