@@ -63,10 +63,10 @@ def geglu_norm(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, eps: float = 
 
 @torch.fx.wrap
 def _geglu_norm_on_device(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, eps: float, act: str) -> Tensor:
-    if not torch.jit.is_scripting() and use_triton(
-        "geglu_norm", a, b, weight, bias, unsupported=_unsupported(a, b, act)
-    ):
-        return torch.ops.zoo.geglu_norm(a, b, weight, bias, eps, act)
+    if not torch.jit.is_scripting():
+        unsupported = _unsupported(a, b, act)
+        if use_triton("geglu_norm", a, b, weight, bias, unsupported=unsupported):
+            return torch.ops.zoo.geglu_norm(a, b, weight, bias, eps, act)
     f = weight.shape[0]
     return F.layer_norm(activate(a, act), [f], weight, bias, eps) * F.layer_norm(b, [f], weight, bias, eps)
 
@@ -158,7 +158,7 @@ def launch_backward(
     programs = min(_PROGRAMS, cdiv(rows, constants["ROWS"]))
     dtype = torch.promote_types(a.dtype, torch.float32)
     sums = torch.empty(2, programs, a.shape[-1], dtype=dtype, device=a.device)
-    _geglu_norm_backward_kernel[(programs,)](
+    _geglu_norm_gradients[(programs,)](
         dout.contiguous(), a, b, weight.contiguous(), bias.contiguous(), da, db, sums, rows, eps, **constants
     )
     dweight, dbias = sums.sum(1)
@@ -235,7 +235,7 @@ def _norm_gradient(grad, x, scale, FEATURES: tl.constexpr):
 
 
 @triton_jit
-def _geglu_norm_backward_kernel(
+def _geglu_norm_gradients(
     DOUT,
     A,
     B,
