@@ -10,17 +10,27 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo predict`."""
+    from zoo.tools import predict_sr
+
     parser.add_argument("weights", help="a file that zoo train wrote, or a registered model name with --checkpoint")
     parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
+    parser.add_argument(
+        "--task", choices=("classification", "sr"), default="classification", help="sr enlarges: IN OUT, no weights"
+    )
     parser.add_argument("--checkpoint", help="weights, where a model name is given")
     parser.add_argument("--pretrained", action="store_true", help="released weights, where a model name is given")
     parser.add_argument("--topk", type=int, default=5, help="classes to name")
     parser.add_argument("--out", type=Path, help="folder for labelled pictures and predictions.json")
     parser.add_argument("--device", help="cpu, cuda or mps; the best one found by default")
+    predict_sr.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict; pictures that cannot be read are named at the end and give status 1."""
+    if args.task == "sr":
+        from zoo.tools import predict_sr
+
+        return predict_sr.run(args, [Path(args.weights), *args.images])
     import zoo
     from zoo.images import ImageError
     from zoo.tools.evaluate import load_classifier

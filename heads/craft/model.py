@@ -127,6 +127,24 @@ class Craft(nn.Module):
         y = self.forward_padded(pad_image(x, self.multiple, padding))
         return y[:, :, : height * self.scale, : width * self.scale]
 
+    def predict(self, image, **options):
+        """Enlarge a picture, or each of a list: path, PIL image, array or tensor in 0..1, of any size and mode.
+
+        Args:
+            image: what `zoo.read_image` takes, or a list of these.
+            options: of `zoo.heads.craft.pictures.enlarge`: `max_memory`, `tile`, `ensemble`, `padding`, ...
+
+        Returns:
+            `UpscalePrediction`: `.image` is the result, `.picture.save(path)` writes it with its metadata.
+        """
+        from zoo.heads.craft.pictures import predict
+        from zoo.prediction import evaluating
+
+        with evaluating(self):
+            if isinstance(image, (list, tuple)):
+                return [predict(self, one, **options) for one in image]
+            return predict(self, image, **options)
+
     def forward_padded(self, x: Tensor) -> Tensor:
         """The network itself, for rows and columns that are multiples of `multiple`."""
         if self._in_strips(x):
