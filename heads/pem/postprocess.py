@@ -240,19 +240,41 @@ def panoptic_map(
         return PanopticMap(torch.zeros(geometry.output, dtype=torch.int32, device=masks.device), [])
     rows = RowsOfMasks(masks[kept], geometry)  # resizing the others would change nothing
     winners, inside = [], []
-    won, own, both = (torch.zeros(count, dtype=torch.long, device=masks.device) for _ in range(3))
+    own = torch.zeros(count, dtype=torch.long, device=masks.device)
     for start, stop in rows.tiles():
         mask = rows.at_output(start, stop).sigmoid()
         own += (mask >= 0.5).sum((1, 2))
         winner = (scores[:, None, None] * mask).argmax(0)
-        painted = mask.gather(0, winner[None])[0] >= 0.5
-        won += torch.bincount(winner.flatten(), minlength=count)
-        both += torch.bincount(winner[painted], minlength=count)
+        inside.append(mask.gather(0, winner[None])[0] >= 0.5)
         winners.append(winner.to(torch.int16 if count < 1 << 15 else torch.int32))
-        inside.append(painted)
+    winner, inside = torch.cat(winners), torch.cat(inside)
+    return paint_segments(scores, labels, winner, inside, own, thing_classes, overlap_threshold)
+
+
+def paint_segments(
+    scores: Tensor,
+    labels: Tensor,
+    winner: Tensor,
+    inside: Tensor,
+    own: Tensor,
+    thing_classes: Sequence[int],
+    overlap_threshold: float = 0.8,
+) -> PanopticMap:
+    """The last step of `panoptic_map`, from maps that a deployed network gives (`zoo.heads.pem.export`).
+
+    Args:
+        scores, labels: (Q,), best class of each query and its probability.
+        winner: (H, W), the query that wins each pixel.
+        inside: bool (H, W), whether the pixel is in the winner's mask.
+        own: (Q,), pixels of each query's mask; 0 for queries that are not to become segments.
+        thing_classes, overlap_threshold: as for `panoptic_map`.
+    """
+    count = len(scores)
+    won = torch.bincount(winner.flatten(), minlength=count)
+    both = torch.bincount(winner[inside], minlength=count)
     ids, segments = _choose_segments(scores, labels, won, own, both, set(thing_classes), overlap_threshold)
-    ids = torch.tensor(ids, dtype=torch.int32, device=masks.device)
-    return PanopticMap(ids[torch.cat(winners).int()] * torch.cat(inside), segments)
+    ids = torch.tensor(ids, dtype=torch.int32, device=winner.device)
+    return PanopticMap(ids[winner.int()] * inside, segments)
 
 
 def _choose_segments(
