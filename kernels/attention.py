@@ -796,6 +796,8 @@ def _settings(q: Tensor, v: Tensor, scale: float | None, pairwise: bool, backwar
         block_q, block_k, warps = 32, 32, 4 if width <= 32 else 8
     elif pairwise:
         block_q, block_k, warps = 32 if backward else 64, 32, 4 if width <= 64 else 8
+        if on_amd() and backward and width > 64:
+            block_k = 16
     elif backward:
         block_q, block_k, warps = (64, 64, 4) if width <= 64 else (64, 32, 8)
     else:

@@ -83,8 +83,9 @@ def _select_tokens(queries: Tensor, keys: Tensor, allowed: Tensor, num_heads: in
 
 @torch.fx.wrap
 def _gather_tokens(keys: Tensor, index: Tensor) -> Tensor:
-    if not torch.jit.is_scripting() and use_triton("prototype_select", keys, index):
-        return torch.ops.zoo.prototype_gather(keys, index)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - scripting leaves the block out only for this very condition
+        if use_triton("prototype_select", keys, index):
+            return torch.ops.zoo.prototype_gather(keys, index)
     return _gather(keys, index)
 
 

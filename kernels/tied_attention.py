@@ -240,7 +240,7 @@ def _settings(w: Tensor, scale: float | None, backward: bool) -> dict:
     elif backward:
         block_i, block_j, warps = (64, 32, 4) if block_d <= 64 else (64, 32, 8)
     else:
-        block_i, block_j, warps = (128, 64, 4 if block_d <= 64 else 8)
+        block_i, block_j, warps = 128, 64, 4 if block_d <= 32 else 8
     return dict(
         D=D,
         BLOCK_I=max(16, min(block_i, next_power_of_2(N))),

@@ -3,7 +3,7 @@
 import torch
 
 from tests.kernels.compile_only import launches
-from zoo.kernels import attention, tied_attention
+from zoo.kernels import attention, linear_attention, tied_attention
 from zoo.kernels.prototype_select import launch_index, launch_scatter
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -72,3 +72,15 @@ def _tied_attention():
         (torch.float32, 64),
     ):
         yield f"{NAMES[dtype]}, head size {D}", lambda a=(dtype, D): _tie(*a)
+
+
+def _linear(dtype, D):
+    q, k, v = (empty(4, 3, 784, D, dtype=dtype) for _ in range(3))
+    y, A, a = linear_attention.launch_forward(q, k, v, 1e-6)
+    linear_attention.launch_backward(y, q, k, v, A, a, 1e-6)
+
+
+@launches("linear_attention")
+def _linear_attention():
+    for dtype, D in ((torch.bfloat16, 32), (torch.float16, 64), (torch.float32, 32)):
+        yield f"{NAMES[dtype]}, head size {D}", lambda a=(dtype, D): _linear(*a)
