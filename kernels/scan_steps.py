@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**17  # states of one chunk: 0.5 MB in float32, twice (decays and states) in a core's cache
+FEWEST_STEPS = 8  # of a chunk
 SEGMENT_ELEMENTS = 2**20  # states of one segment, which the backward pass holds three times
 
 Inputs = Callable[[int, int], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -66,11 +67,15 @@ def scan_steps(
         s, e = i * segment, min(length, (i + 1) * segment)
         d, v, B, C = inputs(s, e)
         C = C.unsqueeze(2)
-        if chunk < 4:  # a state so large costs more than calls do, and is best updated in place
-            for t in range(e - s):
-                decay = work.decay(d[t : t + 1])[0]
-                h.mul_(decay).addcmul_(v[t].unsqueeze(1), B[t].unsqueeze(2))
-                torch.bmm(C[t], h, out=y[t])
+        if chunk < FEWEST_STEPS:  # a state so large costs more than calls do, and is best updated in place
+            clamp, decay = work.underflows(d), work.step_decays[0]
+            views = (d.unsqueeze(2), v.unsqueeze(2), B.unsqueeze(3), C, y[: e - s])
+            for d_t, v_t, B_t, C_t, y_t in zip(*(view.unbind(0) for view in views)):
+                torch.mul(A, d_t, out=decay)
+                if clamp:
+                    decay.clamp_(min=work.floor)
+                h.mul_(decay.exp_()).addcmul_(B_t, v_t)
+                torch.bmm(C_t, h, out=y_t)
         else:
             for first in range(0, e - s, chunk):
                 part = slice(first, min(e - s, first + chunk))
@@ -153,9 +158,13 @@ class _Work:
     def decay(self, d: Tensor) -> Tensor:
         """exp(d A) of some steps, (T, G, N, D)."""
         decays = torch.mul(d.unsqueeze(2), self.A, out=self.decays[: d.shape[0]])
-        if float(d.max()) * self.fastest < self.floor:
-            decays.clamp_(min=self.floor)  # exp is 100 times slower where its result is denormal or zero
+        if self.underflows(d):
+            decays.clamp_(min=self.floor)
         return decays.exp_()
+
+    def underflows(self, d: Tensor) -> bool:
+        """Whether exp(d A) may be denormal or zero, where it takes 100 times as long: then d A is clamped."""
+        return d.numel() > 0 and float(d.max()) * self.fastest < self.floor
 
     def advance(self, h: Tensor, d: Tensor, v: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Fill in the steps that follow the state `h`; returns their states and the last of these."""

@@ -56,6 +56,7 @@ def test_segment_borders_change_nothing(width):
 @pytest.mark.parametrize("pixels", [15, 16, 17, 33])
 def test_tiles_and_short_segments_change_nothing(pixels, chunk, monkeypatch):
     monkeypatch.setattr(module, "_TILE_ELEMENTS", 1)  # the smallest tiles, 16 pixels
+    monkeypatch.setattr(scan_steps, "FEWEST_STEPS", 4)
     monkeypatch.setattr(scan_steps, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", chunk * 4 * 4 * 16)
     assert_equal(arguments((pixels,), 18, 2))

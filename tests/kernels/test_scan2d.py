@@ -47,6 +47,7 @@ def test_every_mode_equals_its_definition(mode):
 @pytest.mark.parametrize("chunk", [1, 3, 5])  # below 4 the state is updated in place
 @pytest.mark.parametrize("size", [(2, 4), (3, 3), (5, 5)])
 def test_segments_and_chunks_of_a_few_steps_change_nothing(size, chunk, monkeypatch):
+    monkeypatch.setattr(scan_steps, "FEWEST_STEPS", 4)
     monkeypatch.setattr(scan_steps, "SEGMENT_ELEMENTS", 1)
     monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", chunk * 4 * 6 * 4)
     assert_equal(arguments(*size))

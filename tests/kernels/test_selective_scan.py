@@ -53,6 +53,7 @@ def test_output_and_gradients_equal_the_definition(length):
 @pytest.mark.parametrize("chunk", [1, 3, 5])  # below 4 the state is updated in place
 @pytest.mark.parametrize("length", [7, 8, 9, 16, 25])
 def test_segments_and_chunks_of_a_few_steps_change_nothing(length, chunk, monkeypatch):
+    monkeypatch.setattr(scan_steps, "FEWEST_STEPS", 4)
     monkeypatch.setattr(scan_steps, "SEGMENT_ELEMENTS", 1)  # the shortest segments, 8 steps
     monkeypatch.setattr(scan_steps, "CHUNK_ELEMENTS", chunk * 4 * 5)
     assert scan_steps.num_segments(length, 20) == -(-length // 8)
