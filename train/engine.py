@@ -19,6 +19,7 @@ from zoo.extras import require
 from zoo.prepbn import PRepBN, PRepBNSchedule, recalibrating
 from zoo.schedules import learning_rate
 from zoo.train.loading import derive_seed, seed_everything
+from zoo.train.recipe import DenseRecipe
 
 require("mmengine", extra="train")
 
@@ -133,7 +134,9 @@ class WarmEma(ExponentialMovingAverage):
 def build_optimizer(recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimiser for a recipe, with timm's or the family's rules for weight decay and learning rates."""
     options = {}
-    if recipe.param_groups == "family":
+    if isinstance(recipe, DenseRecipe):
+        options["param_group_fn"] = lambda model: dense_groups(recipe, model)
+    elif getattr(recipe, "param_groups", "timm") == "family":
         options["param_group_fn"] = lambda model: family_groups(recipe, model)
     if recipe.betas is not None:
         options["betas"] = tuple(recipe.betas)
@@ -145,7 +148,7 @@ def build_optimizer(recipe, model: nn.Module) -> torch.optim.Optimizer:
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
-        layer_decay=recipe.layer_decay,
+        layer_decay=None if isinstance(recipe, DenseRecipe) else recipe.layer_decay,
         **options,
     )
 
@@ -167,6 +170,41 @@ def family_groups(recipe, model: nn.Module) -> list[dict]:
         )
         for group in family.optimizer_groups(model)
     ]
+
+
+def dense_groups(recipe, model: nn.Module) -> list[dict]:
+    """Parameter groups of a head on a backbone: the backbone's factor of the rate, and no decay for norms.
+
+    Norms and embeddings never decay; biases and scales do with the recipe's `decay_bias`. `layer_decay` concerns the
+    backbone alone.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    from zoo.heads.pyramid import Pyramid
+
+    kept = set()
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ or isinstance(module, nn.Embedding):
+            kept |= {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
+    pyramids = {f"{name}." if name else "": m for name, m in model.named_modules() if isinstance(m, Pyramid)}
+    scales: dict[str, float] = {}
+    for prefix, pyramid in pyramids.items():
+        kept |= {prefix + name for name in pyramid.no_weight_decay()}
+        own = dict(pyramid.backbone.named_parameters())
+        scales |= {f"{prefix}backbone.{name}": recipe.backbone_lr for name in own}
+        if recipe.layer_decay is not None:
+            names = {id(p): name for name, p in own.items()}
+            for group in param_groups_layer_decay(pyramid.backbone, layer_decay=recipe.layer_decay):
+                for parameter in group["params"]:
+                    scales[f"{prefix}backbone.{names[id(parameter)]}"] *= group["lr_scale"]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        free = name in kept or (parameter.ndim <= 1 and not recipe.decay_bias)
+        key = (scales.get(name, 1.0), 0.0 if free else recipe.weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    return [dict(params=params, weight_decay=decay, lr_scale=scale) for (scale, decay), params in groups.items()]
 
 
 def build_optim_wrapper(recipe, optimizer: torch.optim.Optimizer, device: str) -> OptimWrapper:

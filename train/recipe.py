@@ -274,6 +274,75 @@ class ClassificationRecipe(Recipe):
         return super().total_epochs + self.recalibrate_epochs
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseRecipe(Recipe):
+    """What detection and segmentation share: a head on a backbone, whose weights often come from ImageNet."""
+
+    backbone_checkpoint: str | None = option(None, "weights of the backbone alone (any classification file)")
+    head_args: dict[str, Any] = option({}, "further arguments of the head, as JSON")
+    freeze_norm: bool = option(False, "the backbone's batch norms keep their statistics (for small batches)")
+    backbone_lr: float = option(1.0, "factor of the learning rate for the backbone")
+    decay_bias: bool = option(False, "let biases and scales decay; norms and embeddings never do")
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    jitter_scale: tuple[float, float] | None = option(None, "large-scale jitter: range of sizes, as 0.1,2.0")
+    val_fraction: float = option(0.2, "part held out where the data has no validation split of its own")
+
+    def validate(self) -> None:
+        """Check every value that can be wrong on its own.
+
+        Raises:
+            ValueError: one sentence with the field, its value and what is allowed.
+        """
+        super().validate()
+        check(self.backbone_lr >= 0, "backbone_lr", self.backbone_lr, "0 or more")
+        check(0 <= self.hflip <= 1, "hflip", self.hflip, "between 0 and 1")
+        check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        check(
+            not (self.backbone_checkpoint and self.checkpoint),
+            "backbone_checkpoint",
+            self.backbone_checkpoint,
+            "unset while checkpoint is given: that file has the backbone, too",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRecipe(DenseRecipe):
+    """Semantic, panoptic or instance segmentation by PEM on any backbone."""
+
+    task: ClassVar[str] = "segmentation"
+
+    kind: Literal["semantic", "panoptic", "instance"] = option("semantic", "what to segment")
+    data: str = option("", "folder: ADE20K, Cityscapes, COCO, or images/ and masks/ of your own")
+    crop_size: tuple[int, int] = option((512, 512), "height and width of the training crop")
+    short_sides: tuple[int, ...] = option((), "training sizes of the shorter side, one at random; empty for jitter")
+    max_long: int = option(2048, "limit of the longer side in training")
+    color_distortion: bool = option(True, "SSD's colour distortion")
+    pad_to_crop: bool = option(True, "pad smaller images to the crop's size")
+    test_short: int = option(512, "shorter side in evaluation")
+    test_long: int = option(2048, "limit of the longer side in evaluation")
+    object_threshold: float = option(0.8, "panoptic: smallest class score of a segment")
+    overlap_threshold: float = option(0.8, "panoptic: smallest visible part of a segment")
+    loss_points: int = option(12544, "points of a mask at which the loss compares it")
+
+    def validate(self) -> None:
+        """Check every value that can be wrong on its own.
+
+        Raises:
+            ValueError: one sentence with the field, its value and what is allowed.
+        """
+        super().validate()
+        check(self.loss_points >= 1, "loss_points", self.loss_points, "at least 1")
+        check(min(self.crop_size) >= 32, "crop_size", self.crop_size, "at least 32,32")
+        check(
+            bool(self.short_sides) != (self.jitter_scale is not None),
+            "short_sides",
+            self.short_sides,
+            "set where jitter_scale is not, and the other way round",
+        )
+        for name in ("object_threshold", "overlap_threshold"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+
+
 def convert(hint: Any, value: Any) -> Any:
     """A JSON value or a command-line string as the type of a recipe's field.
 

@@ -224,6 +224,4 @@ def match_segments(
 def _described(where: str, areas: Mapping[int, int], segments: Mapping[int, Segment]) -> None:
     unknown = [i for i in areas if i != VOID and i not in segments]
     if unknown:
-        raise ValueError(
-            f"the {where} has pixels of segment {unknown[0]}, which is not in its list of segments"
-        )
+        raise ValueError(f"the {where} has pixels of segment {unknown[0]}, which is not in its list of segments")

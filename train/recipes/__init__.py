@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from zoo.train.recipe import ClassificationRecipe, Recipe
+from zoo.train.recipe import ClassificationRecipe, Recipe, SegmentationRecipe
 from zoo.train.recipes import (
     activator,
     ascan,
@@ -16,16 +16,17 @@ from zoo.train.recipes import (
     finetune,
     metaformer,
     ninformer,
+    segmentation,
     slab,
     spartan,
     vim2,
 )
 
-_MODULES = (finetune, metaformer, crate, fcaformer, slab, ascan, ninformer, activator, spartan, vim2)
+_MODULES = (finetune, metaformer, crate, fcaformer, slab, ascan, ninformer, activator, spartan, vim2, segmentation)
 
 # task -> the class of its recipes, and the preset for people with images of their own
-RECIPE_CLASSES: dict[str, type[Recipe]] = {"classification": ClassificationRecipe}
-FINE_TUNING = {"classification": "finetune"}
+RECIPE_CLASSES: dict[str, type[Recipe]] = {cls.task: cls for cls in (ClassificationRecipe, SegmentationRecipe)}
+FINE_TUNING = {"classification": "finetune", "segmentation": "finetune_segmentation"}
 
 
 def list_recipes() -> dict[str, Callable[..., Recipe]]:
