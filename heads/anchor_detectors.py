@@ -54,7 +54,7 @@ class RetinaNet(Detector, retinanet.RetinaNet):
         pyramid: the backbone's maps at strides 8, 16, 32.
         num_classes: classes.
         class_names: their names.
-        frozen_bn: keep the backbone's batch statistics.
+        freeze_norm: keep the backbone's batch statistics.
         min_size, max_size: sides that images are resized to.
         resize_in_training: off where the data set resizes already.
         image_mean, image_std: in 0..1; the backbone's own by default.
@@ -79,7 +79,7 @@ class RetinaNet(Detector, retinanet.RetinaNet):
         num_classes: int,
         *,
         class_names: Sequence[str] | None = None,
-        frozen_bn: bool = False,
+        freeze_norm: bool = False,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         resize_in_training: bool = True,
@@ -120,7 +120,7 @@ class RetinaNet(Detector, retinanet.RetinaNet):
             pyramid.divisor,
             resize_in_training,
         )
-        self._describe(num_classes, class_names, frozen_bn)
+        self._describe(num_classes, class_names, freeze_norm)
 
     def _run(self, images: list[Tensor], targets: list[Target] | None) -> Any:
         return retinanet.RetinaNet.forward(self, images, targets)
@@ -148,7 +148,7 @@ class Fcos(Detector, fcos.FCOS):
         pyramid: the backbone's maps at strides 8, 16, 32.
         num_classes: classes.
         class_names: their names.
-        frozen_bn: keep the backbone's batch statistics.
+        freeze_norm: keep the backbone's batch statistics.
         min_size, max_size: sides that images are resized to.
         resize_in_training: off where the data set resizes already.
         image_mean, image_std: in 0..1; the backbone's own by default.
@@ -170,7 +170,7 @@ class Fcos(Detector, fcos.FCOS):
         num_classes: int,
         *,
         class_names: Sequence[str] | None = None,
-        frozen_bn: bool = False,
+        freeze_norm: bool = False,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         resize_in_training: bool = True,
@@ -205,7 +205,7 @@ class Fcos(Detector, fcos.FCOS):
             pyramid.divisor,
             resize_in_training,
         )
-        self._describe(num_classes, class_names, frozen_bn)
+        self._describe(num_classes, class_names, freeze_norm)
 
     def _run(self, images: list[Tensor], targets: list[Target] | None) -> Any:
         return fcos.FCOS.forward(self, images, targets)

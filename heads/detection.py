@@ -31,6 +31,7 @@ class Detector(nn.Module):
         head_name: the name that `create_detector` knows it under.
         num_classes: classes besides the background.
         class_names: their names, or None.
+        category_ids: what the training data call them, for results in COCO's format; or None.
         has_masks: whether it finds masks beside boxes.
         pyramid: its backbone's maps; `pyramid.backbone` is the timm model.
     """
@@ -39,7 +40,7 @@ class Detector(nn.Module):
     has_masks = False
     _first_label = 0  # the head's own number of class 0: 1 where 0 is the background
 
-    def _describe(self, num_classes: int, class_names: Sequence[str] | None, frozen_bn: bool) -> None:
+    def _describe(self, num_classes: int, class_names: Sequence[str] | None, freeze_norm: bool) -> None:
         """To be called at the end of a constructor, when the parts exist."""
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}, expected at least 1: the background is not counted")
@@ -47,8 +48,9 @@ class Detector(nn.Module):
             raise ValueError(f"{len(class_names)} class names for {num_classes} classes: pass one for each")
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names is not None else None
-        self._freezes = frozen_bn
-        if frozen_bn:
+        self.category_ids: list[int] | None = None
+        self._freezes = freeze_norm
+        if freeze_norm:
             for module in self._batch_norms():
                 module.requires_grad_(False)
             self.train(self.training)
@@ -98,6 +100,16 @@ class Detector(nn.Module):
 
     def _run(self, images: list[Tensor], targets: list[Target] | None) -> Any:
         raise NotImplementedError
+
+    def predict(self, image: Any, **options: Any) -> Any:
+        """Objects in a picture, or in each of several; see `zoo.heads.detection_prediction.predict` for the options.
+
+        Returns:
+            A `DetectionPrediction`, or a list of them.
+        """
+        from zoo.heads.detection_prediction import predict
+
+        return predict(self, image, **options)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's grouping of parameters by depth: the backbone's, then everything else as its last group."""
@@ -215,7 +227,7 @@ def create_detector(
             call `zoo.load_checkpoint(model.pyramid.backbone, path, head="keep")`.
         norm: "layer" or "group" puts a norm behind each of the backbone's maps, see `Pyramid`.
         backbone_args: arguments of the backbone, such as `dict(drop_path_rate=0.1)`.
-        arguments: of the head: `class_names`, `frozen_bn`, `min_size`, `max_size`, `image_mean`, `image_std`,
+        arguments: of the head: `class_names`, `freeze_norm`, `min_size`, `max_size`, `image_mean`, `image_std`,
             thresholds, anchors: see the class of the head (`zoo.heads.detection.detector_classes()`).
 
     Raises:
@@ -230,5 +242,10 @@ def create_detector(
     if unknown:
         takes = ", ".join(name for name in known if name not in ("pyramid", "num_classes"))
         raise ValueError(f"{head} does not take {', '.join(unknown)}: it takes {takes}")
-    pyramid = Pyramid(backbone, cls.strides, pretrained=pretrained_backbone, norm=norm, **dict(backbone_args or {}))
-    return cls(pyramid, num_classes, **arguments)
+    own = dict(backbone_args or {})
+    pyramid = Pyramid(backbone, cls.strides, pretrained=pretrained_backbone, norm=norm, **own)
+    model = cls(pyramid, num_classes, **arguments)
+    if isinstance(backbone, str):  # a built one cannot be described in a file
+        described = dict(head=head, backbone=backbone, num_classes=num_classes, norm=norm, backbone_args=own)
+        model.zoo_door = ("create_detector", described | {k: v for k, v in arguments.items() if k != "class_names"})
+    return model

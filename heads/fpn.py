@@ -197,10 +197,21 @@ class ImageTransform(GeneralizedRCNNTransform):
         self.resize_in_training = resize_in_training
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
-        """As torchvision's; nothing in training where the data set did it."""
+        """As torchvision's, but a smaller image is made of all pixels; nothing in training if the data set did it."""
         if self.training and not self.resize_in_training:
             return image, target
-        return super().resize(image, target)
+        h, w = image.shape[-2:]
+        short = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        scale = min(short / min(h, w), self.max_size / max(h, w))
+        size = (max(1, int(h * scale)), max(1, int(w * scale)))
+        if size != (h, w):
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=scale < 1)[0]
+        if target is None:
+            return image, target
+        target["boxes"] = resize_boxes(target["boxes"], (h, w), size)
+        if "masks" in target and size != (h, w):
+            target["masks"] = F.interpolate(target["masks"][None].float(), size)[0].byte()
+        return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
         """As torchvision's, without the copy where nothing needs padding."""

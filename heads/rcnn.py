@@ -85,7 +85,7 @@ class FasterRcnn(Detector, GeneralizedRCNN):
         pyramid: the backbone's maps at strides 4, 8, 16, 32.
         num_classes: classes besides the background.
         class_names: their names.
-        frozen_bn: keep the backbone's batch statistics.
+        freeze_norm: keep the backbone's batch statistics.
         min_size, max_size: sides that images are resized to.
         resize_in_training: off where the data set resizes already.
         image_mean, image_std: in 0..1; the backbone's own by default.
@@ -113,7 +113,7 @@ class FasterRcnn(Detector, GeneralizedRCNN):
         num_classes: int,
         *,
         class_names: Sequence[str] | None = None,
-        frozen_bn: bool = False,
+        freeze_norm: bool = False,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         resize_in_training: bool = True,
@@ -174,7 +174,7 @@ class FasterRcnn(Detector, GeneralizedRCNN):
         )
         super().__init__(backbone, rpn, roi_heads, transform)
         self._add_masks(out_channels, num_classes, sampling_ratio)
-        self._describe(num_classes, class_names, frozen_bn)
+        self._describe(num_classes, class_names, freeze_norm)
 
     def _add_masks(self, out_channels: int, num_classes: int, sampling_ratio: int) -> None:
         """Nothing here: a hook for `MaskRcnn`, which takes the same arguments."""

@@ -31,7 +31,7 @@ class RtDetr(Detector):
         pyramid: the backbone's maps at strides 8, 16, 32.
         num_classes: classes.
         class_names: their names.
-        frozen_bn: keep the backbone's batch statistics.
+        freeze_norm: keep the backbone's batch statistics.
         size: images are stretched to this height and width (or to this square).
         multi_scale: squares of which one is drawn for each batch in training; none: `size`.
         resize_in_training: off where the data set resizes already, to one size for a batch.
@@ -59,7 +59,7 @@ class RtDetr(Detector):
         num_classes: int,
         *,
         class_names: Sequence[str] | None = None,
-        frozen_bn: bool = False,
+        freeze_norm: bool = False,
         size: int | tuple[int, int] = 640,
         multi_scale: Sequence[int] = (),
         resize_in_training: bool = True,
@@ -104,7 +104,7 @@ class RtDetr(Detector):
         self.detections_per_img = detections_per_img
         for name, value in (("image_mean", image_mean or pyramid.mean), ("image_std", image_std or pyramid.std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
-        self._describe(num_classes, class_names, frozen_bn)
+        self._describe(num_classes, class_names, freeze_norm)
 
     @property
     def pyramid(self) -> Pyramid:

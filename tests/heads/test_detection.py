@@ -105,7 +105,7 @@ def _theirs(head, ours, num_classes):
 def test_numbers_are_torchvisions_where_the_conventions_agree(head):
     torch.manual_seed(0)
     extra = dict(box_loss="smooth_l1") if "rcnn" in head else dict(relu_before_p7=True) if head == "retinanet" else {}
-    ours = create_detector(head, "resnet18", 3, frozen_bn=True, **SMALL, **extra)
+    ours = create_detector(head, "resnet18", 3, freeze_norm=True, **SMALL, **extra)
     theirs = _theirs(head, ours, 3)
     first = 1 if "rcnn" in head else 0
     image, target = torch.rand(3, 64, 96), _target(64, 96, 4)
@@ -173,7 +173,7 @@ def test_normalisation_is_the_backbones():
 
 
 def test_frozen_statistics_stay_frozen_and_have_no_gradient():
-    model = create_detector("retinanet", "resnet18", 3, frozen_bn=True, **SMALL).train()
+    model = create_detector("retinanet", "resnet18", 3, freeze_norm=True, **SMALL).train()
     before = model.pyramid.backbone.bn1.running_mean.clone()
     sum(model(*_batch()).values()).backward()
     assert torch.equal(before, model.pyramid.backbone.bn1.running_mean)
@@ -189,7 +189,7 @@ def test_two_halves_of_a_batch_weigh_as_the_whole(monkeypatch):
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
     targets = [_target(64, 64, 1), _target(64, 64, 6)]
     for head in ("retinanet", "fcos"):
-        model = create_detector(head, "resnet18", 3, frozen_bn=True, **SMALL).train()
+        model = create_detector(head, "resnet18", 3, freeze_norm=True, **SMALL).train()
         whole = sum(model(images, targets).values())
         counts = []
         monkeypatch.setattr(module, "batch_mean_count", lambda n, c=counts: c.append(n) or torch.tensor(1.0))
