@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.dispatch import use_triton
+from zoo.kernels.dispatch import interpreted, use_triton
 from zoo.kernels.jit import cdiv, dot, dot_precision, next_power_of_2, on_amd, triton_jit
 
 if TYPE_CHECKING:
@@ -290,8 +290,8 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, k2: Tensor | None, v2: Tensor 
 
 
 def widest_head(dtype: torch.dtype) -> int:
-    """The largest head size whose tiles fit into registers."""
-    return 64 if dtype == torch.float32 else 128
+    """The largest head size whose tiles fit into registers (which the interpreter does not have)."""
+    return 64 if dtype == torch.float32 and not interpreted() else 128
 
 
 def under_autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.attention import accumulation_type, load_tile, rows_contiguous, store_tile, strides
-from zoo.kernels.dispatch import use_triton
+from zoo.kernels.dispatch import interpreted, use_triton
 from zoo.kernels.jit import cdiv, dot, dot_precision, next_power_of_2, on_amd, triton_jit
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "queries, keys and values of different types"
     # the backward pass holds A, dA and products with both in registers
-    width, limit = max(q.shape[-1], v.shape[-1]), {torch.float64: 128, torch.float32: 32}.get(q.dtype, 64)
+    limit = 128 if interpreted() else 32 if q.dtype == torch.float32 else 64
+    width = max(q.shape[-1], v.shape[-1])
     return f"a head size of {width} in {q.dtype} (at most {limit})" if width > limit else None
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("zoo.tools.train", "train, fine-tune or distil a model on your images"),
     "eval": ("zoo.tools.evaluate", "measure a classifier on images with known labels"),
     "predict": ("zoo.tools.predict", "names and scores for pictures, and pictures with them"),
+    "bench": ("zoo.tools.bench", "time the operators against their alternatives"),
     "inspect": ("zoo.tools.inspect", "white-box measures of a CRATE model, as numbers and as a picture"),
 }
 

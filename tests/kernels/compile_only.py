@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import inspect
 import io
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from zoo.kernels.jit import Launch, recorded_launches
+from zoo.kernels.jit import Launch, TritonKernel, recorded_launches
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -57,6 +58,7 @@ _OPERATORS: dict[str, Cases] = {}
 class Usage(NamedTuple):
     """What one compiled launch takes."""
 
+    operator: str
     kernel: str
     label: str
     target: str
@@ -108,7 +110,7 @@ def distinct_launches(operator: str, target: str) -> Iterator[tuple[str, Launch]
                 yield label, launch
 
 
-def compile_launch(label: str, launch: Launch, target: str) -> Usage:
+def compile_launch(operator: str, label: str, launch: Launch, target: str) -> Usage:
     """Compile one launch for `target` and read its resources."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -127,6 +129,7 @@ def compile_launch(label: str, launch: Launch, target: str) -> Usage:
     else:
         registers, spills = _read_ptxas(log.getvalue())
     return Usage(
+        operator,
         launch.kernel.__name__.strip("_"),
         label,
         target,
@@ -138,10 +141,30 @@ def compile_launch(label: str, launch: Launch, target: str) -> Usage:
     )
 
 
-def usages(operator: str, target: str) -> Iterator[Usage]:
-    """Every launch of `operator`, compiled for `target`."""
-    for label, launch in distinct_launches(operator, target):
-        yield compile_launch(label, launch, target)
+def usages(operator: str, target: str, share: int = 1) -> Iterator[Usage]:
+    """Every launch of `operator`, compiled for `target`; every `share`-th only, other ones for every target."""
+    for i, (label, launch) in enumerate(distinct_launches(operator, target)):
+        if (i + list(TARGETS).index(target)) % share == 0:
+            yield compile_launch(operator, label, launch, target)
+
+
+def digest(operator: str) -> str:
+    """A hash of everything that `operator` launches on any target: sources, signatures and settings."""
+    parts = set()
+    for target in TARGETS:
+        for label, launch in distinct_launches(operator, target):
+            sources = sorted(set(_sources(launch.kernel)))
+            parts.add(f"{target} {label} {_specialised(launch)} {' '.join(sources)}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:12]
+
+
+def _sources(kernel: TritonKernel) -> Iterator[str]:
+    """The source of a kernel and of those that it calls."""
+    yield inspect.getsource(kernel.function)
+    for name in kernel.function.__code__.co_names:
+        called = kernel.function.__globals__.get(name)
+        if isinstance(called, TritonKernel) and called is not kernel:
+            yield from _sources(called)
 
 
 def _specialised(launch: Launch) -> tuple[dict, dict, dict, dict]:
@@ -201,11 +224,15 @@ def _read_amd(assembly: str) -> tuple[int, int]:
 
 def table(rows: list[Usage]) -> str:
     """A Markdown table: a line for each launch, a column for each card."""
-    by_launch: dict[tuple[str, str], dict[str, Usage]] = {}
+    by_launch: dict[tuple[str, str, str], dict[str, Usage]] = {}
     for row in rows:
-        by_launch.setdefault((row.kernel, row.label), {})[row.target] = row
+        by_launch.setdefault((row.operator, row.kernel, row.label), {})[row.target] = row
     lines = [f"| kernel | launch | {' | '.join(TARGETS)} |", f"|---|---|{'---|' * len(TARGETS)}"]
-    for (kernel, label), cells in by_launch.items():
+    last = None
+    for (operator, kernel, label), cells in by_launch.items():
+        if operator != last:
+            lines.append(f"| **{operator}** | digest {digest(operator)} |{' |' * len(TARGETS)}")
+            last = operator
         columns = [
             f"{u.registers} r, {u.spills} s, {u.shared / 1024:.0f} K, {u.warps} w" if (u := cells.get(t)) else "-"
             for t in TARGETS
