@@ -10,6 +10,8 @@ corner. 9 C^2 multiply-adds and 9 C numbers of buffer a pixel; the buffer is mad
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,20 +32,27 @@ def deform_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: T
     """
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, offset, weight))
     if x.device.type == "cpu" and not grad and not torch.compiler.is_compiling():
-        return _gather_and_multiply(x, offset, mask, weight, bias)
+        return _in_full_precision(_gather_and_multiply, x, offset, mask, weight, bias)
     return reference(x, offset, mask, weight, bias)
 
 
 def reference(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torchvision's operator, in float32 where it has no kernel of the given type."""
+    """torchvision's operator, in float32 where the types are shorter or mixed."""
+    return _in_full_precision(_torchvision, x, offset, mask, weight, bias)
+
+
+def _in_full_precision(compute: Callable, x: Tensor, *others: Tensor | None) -> Tensor:
+    """In float32, outside of autocast, and back: in bfloat16 positions are off by pixels, and CPUs have no kernel."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):  # the arguments come in two types
-            return reference(x, offset, mask, weight, bias)
-    work = torch.float64 if x.dtype is torch.float64 else torch.float32  # bfloat16 has no kernel on CPUs
-    arguments = [None if t is None else t.to(work) for t in (offset, weight, bias, mask)]
-    pad = weight.shape[-1] // 2
-    return deform_conv2d(x.to(work), *arguments[:3], padding=pad, mask=arguments[3]).to(x.dtype)
+        with torch.autocast(kind, enabled=False):
+            return _in_full_precision(compute, x, *others)
+    work = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return compute(x.to(work), *(None if t is None else t.to(work) for t in others)).to(x.dtype)
+
+
+def _torchvision(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return deform_conv2d(x, offset, weight, bias, padding=weight.shape[-1] // 2, mask=mask)
 
 
 def _gather_and_multiply(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -93,8 +93,9 @@ class FoldedKeys(nn.Module):
         if torch.compiler.is_compiling():
             y = F.linear(x, self.linear.weight) + self.constant(H, W)
             return F.normalize(y.flatten(1, 2), dim=-1)
-        y = self._sum_lines(H, W, x.device).expand(B, H, W, C).reshape(B * H * W, C)
-        y.addmm_(x.reshape(B * H * W, C), self.linear.weight.t())
+        y = self._sum_lines(H, W, x.device).view(H * W, C)
+        y = y.repeat(B, 1) if B > 1 else y
+        y.addmm_(x.reshape(B * H * W, C).to(y.dtype), self.linear.weight.t())
         return y.div_(torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(1e-12)).view(B, H * W, C)
 
     def constant(self, height: int, width: int) -> Tensor:
@@ -119,6 +120,7 @@ class FoldedKeys(nn.Module):
         y[-1] += rows[2] - rows[1]
         return y
 
+    @torch.no_grad()
     def _make_lines(self, H: int, W: int) -> tuple[Tensor | None, Tensor]:
         if min(H, W) < 3:
             return None, self.constant(H, W)
