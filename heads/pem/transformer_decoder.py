@@ -109,7 +109,11 @@ class FoldedKeys(nn.Module):
     def _sum_lines(self, H: int, W: int, device: torch.device) -> Tensor:
         key = (H, W, device, self.scale.dtype)
         if self.lines is None or self.lines[0] != key:
-            self.lines = (key, *self._make_lines(H, W))
+            if torch.is_autocast_enabled(device.type):
+                with torch.autocast(device.type, enabled=False):  # these are kept, also for calls without it
+                    self.lines = (key, *self._make_lines(H, W))
+            else:
+                self.lines = (key, *self._make_lines(H, W))
         _, columns, rows = self.lines
         if columns is None:
             return rows.clone()
