@@ -28,6 +28,11 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor
     return y.permute(0, 2, 3, 1).contiguous()
 
 
+def depthwise_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """A depthwise 3x3 convolution of a (B, H, W, C) map without bias."""
+    return _conv(x, weight, None, weight.shape[0])
+
+
 class ChannelNorm(nn.Module):
     """LayerNorm over channels, under the official name `body`."""
 
@@ -283,17 +288,11 @@ class GatedFeedForward(nn.Module):
         depthwise = F.pad(self.dwconv.weight.reshape(2, hidden, 9), (0, 0, 0, extra)).reshape(-1, 1, 3, 3)
         return first, depthwise, F.pad(self.project_out.weight.flatten(1), (0, extra))
 
-    @staticmethod
-    def apply_weights(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], rows: slice | None = None) -> Tensor:
-        """The layer with `aligned_weights`, of these rows alone."""
-        first, depthwise, last = weights
-        y = _conv(F.linear(x, first), depthwise, None, depthwise.shape[0])
-        a, b = (y if rows is None else y[:, rows]).chunk(2, dim=-1)
-        return F.linear(F.gelu(a) * b, last)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        return self.apply_weights(x, self.aligned_weights())
+        first, depthwise, last = self.aligned_weights()
+        a, b = depthwise_conv(F.linear(x, first), depthwise).chunk(2, dim=-1)
+        return F.linear(F.gelu(a) * b, last)
 
 
 class FusionBlock(nn.Module):
