@@ -241,12 +241,26 @@ def table(rows: list[Usage]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: list[Usage]) -> None:
+    """Put the operators of `rows` into the document; others keep what stands there of them."""
+    head, rest = DOCUMENT.read_text().split(_BEGIN)
+    old, tail = rest.split(_END)
+    title = "\n".join(table([]).splitlines())
+    sections = {}
+    for text in (old, table(rows)):
+        for section in text.split("| **")[1:]:
+            sections[section.split("**")[0]] = f"| **{section.strip()}"
+    known = operators()
+    body = "\n".join(sections[name] for name in sorted(sections) if name in known)
+    DOCUMENT.write_text(f"{head}{_BEGIN}\n{title}\n{body}\n{_END}{tail}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile and print; exit status 1 if anything spills or does not fit."""
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.compile_only", description=__doc__.split("\n")[0])
     parser.add_argument("operators", nargs="*", help="all of them by default")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="put the operators' tables into docs/kernels.md")
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("TRITON_INTERPRET is set: nothing is compiled under the interpreter", file=sys.stderr)
@@ -262,9 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
                     flush=True,
                 )
     if args.write:
-        text = DOCUMENT.read_text()
-        head, tail = text.split(_BEGIN)[0], text.split(_END)[1]
-        DOCUMENT.write_text(f"{head}{_BEGIN}\n{table(rows)}\n{_END}{tail}")
+        write(rows)
     return 1 if any(row.problem for row in rows) else 0
 
 
