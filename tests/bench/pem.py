@@ -1,4 +1,4 @@
-"""PEM's head against the official formulation of it, side by side: `python tests/bench/pem.py [--profile] [SIZE ...]`.
+"""PEM's head against the official formulation of it, side by side: `python -m tests.bench.pem [SIZE ...]`.
 
 `Straightforward` computes what the official code computes, step by step as it does: every prediction at full size and
 then resized, similarities with the queries as the last axis, torchvision's deformable convolution, batch norms on
@@ -22,6 +22,7 @@ from torchvision.ops import deform_conv2d
 
 import zoo
 from zoo.heads.pem.model import PemHead
+from zoo.heads.pem.postprocess import Geometry, semantic_map
 from zoo.heads.pem.transformer_decoder import sine_position
 
 CHANNELS = {"resnet50": (256, 512, 1024, 2048), "stdc1": (64, 256, 512, 1024)}
@@ -144,11 +145,25 @@ def seconds(call) -> float:
     return time.process_time() - start
 
 
-def peak_megabytes(call) -> float:
-    """Growth of the process's largest memory, in MB; meaningful for the first large call only."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+def measure_memory(side: str, backbone: str, num_classes: int, height: int, width: int) -> None:
+    """Growth of the process's largest memory in one forward pass and in making a label map: one side a process."""
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    head = dict(zip(("official", "zoo", "folded"), make_heads(backbone, num_classes), strict=True))[side]
+    maps = make_maps(backbone, height, width)
+    start = peak()
+    logits, masks = head(maps)[:2]
+    middle = peak()
+    del maps
+    size = (height, width)
+    if side == "official":
+        full = F.interpolate(masks, size=size, mode="bilinear")[0].sigmoid()
+        torch.einsum("qk,qhw->khw", logits[0].softmax(-1)[:, :-1], full).argmax(0)
+    else:
+        semantic_map(logits[0], masks[0], Geometry(size, size, size))
+    print(f"{side}, {height}x{width}: head {middle - start:.0f} MB, label map {peak() - middle:.0f} MB more")
 
 
 def bench(backbone: str, height: int, width: int, num_classes: int, rounds: int, show_profile: bool) -> None:
@@ -195,11 +210,15 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--memory", choices=("official", "zoo", "folded"), help="measure memory of one side instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
     with torch.inference_mode():
+        if args.memory:
+            measure_memory(args.memory, args.backbone, args.classes, *map(int, args.sizes[0].split("x")))
+            return
         error = check(args.backbone)
         print(f"float64 difference: {error:.1e} of the std")
         assert error < 1e-9
