@@ -257,7 +257,7 @@ class ChannelAttention(nn.Module):
         k_norm = k_norm.clamp_min(1e-12).reshape(batch, heads, 1, d)
         weights = (gram / (q_norm * k_norm) * self.temperature).softmax(dim=-1)
         out = self.project_out.weight.reshape(dim, heads, d).transpose(0, 1)  # (heads, C, d)
-        return (out @ weights).transpose(1, 2).reshape(batch, dim, dim)
+        return (out.to(weights.dtype) @ weights).transpose(1, 2).reshape(batch, dim, dim)
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """Two maps (B, H, W, C) to one."""

@@ -155,7 +155,8 @@ class Craft(nn.Module):
 
     def _in_strips(self, x: Tensor) -> bool:
         """Whether nothing is traced, recorded or hooked into, and the device has caches rather than many cores."""
-        return not (torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling())
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        return x.device.type == "cpu" and not plain
 
     def embed(self, x: Tensor) -> Tensor:
         """Images to the shallow map (B, H, W, C)."""

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoo.heads.craft.windows import modulo
+
 Padding = Literal["reflect", "official"]
 PADDINGS: tuple[Padding, ...] = ("reflect", "official")
 
@@ -43,8 +45,9 @@ def _mirrored(length: int, size: int, repeat: bool, device: torch.device) -> Ten
     """Indices 0, 1, ..., length - 1 and back again, `size` of them; `repeat`: the ends appear twice in a row."""
     position = torch.arange(size, device=device)
     if repeat:
-        position = position % (2 * length)
+        position = modulo(position, 2 * length)
         return torch.minimum(position, 2 * length - 1 - position)
-    period = max(2 * length - 2, 1)
-    position = position % period
-    return torch.minimum(position, period - position).clamp_max(length - 1)
+    period = 2 * length - 2 if isinstance(length, torch.SymInt) else max(2 * length - 2, 1)
+    position = modulo(position, period)
+    mirrored = torch.minimum(position, period - position)
+    return mirrored if isinstance(length, torch.SymInt) else mirrored.clamp_max(length - 1)

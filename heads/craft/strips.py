@@ -173,7 +173,7 @@ def forward_strips(
     s = model.scale
     if out is None:
         out = images.new_empty(len(images), model.in_chans, s * height, s * width)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         for i in range(len(images)):
             deep = _features(model, images[i : i + 1], strips)
             for r0, r1 in strips:
@@ -283,6 +283,8 @@ def _mixing_matrix(fusion: FusionBlock, low: Tensor, high: Tensor, strips: Strip
         q = attention.queries(rows)[:, inner].flatten(1, 2)
         rows, inner = strips.halo(low, r0, r1)
         k = attention.keys(fusion.norm1(rows))[:, inner].flatten(1, 2)
+        if q.dtype != torch.float64:
+            q, k = q.float(), k.float()  # sums over all positions, never in half precision
         gram = gram + q.transpose(1, 2) @ k
         q_square = q_square + q.square().sum(1)
         k_square = k_square + k.square().sum(1)
@@ -292,7 +294,7 @@ def _mixing_matrix(fusion: FusionBlock, low: Tensor, high: Tensor, strips: Strip
 
 def _fusion(fusion: FusionBlock, low: Tensor, matrix: Tensor, strips: Strips) -> Tensor:
     """Second pass: the mixed values added, then the gated feed-forward."""
-    transposed = matrix.transpose(1, 2)
+    transposed = matrix.transpose(1, 2).to(low.dtype)
 
     def mix(r0: int, r1: int) -> Tensor:
         rows, inner = strips.halo(low, r0, r1)

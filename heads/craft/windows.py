@@ -63,8 +63,8 @@ def make_windows(
 def _windows(height, width, window, shift, masked, rolled, device, dtype) -> Windows:
     h, w = window
     rows, columns = height // h, width // w
-    r = (torch.arange(height, device=device) + (0 if rolled else shift[0])) % height
-    c = (torch.arange(width, device=device) + shift[1]) % width
+    r = modulo(torch.arange(height, device=device) + (0 if rolled else shift[0]), height)
+    c = modulo(torch.arange(width, device=device) + shift[1], width)
     token = r.reshape(rows, 1, h, 1) * width + c.reshape(1, columns, 1, w)  # (rows, columns, h, w)
     token = token.reshape(rows * columns, h * w)
     mask = None
@@ -88,6 +88,11 @@ def _windows(height, width, window, shift, masked, rolled, device, dtype) -> Win
 # A size has four partitions, strips of it a few more. Masks of large maps are kept small by leaving out
 # the windows that have none.
 _cached_windows = functools.lru_cache(maxsize=64)(_windows)
+
+
+def modulo(x: Tensor, n: int) -> Tensor:
+    """x % n; for symbolic n, which the ONNX exporter does not take as a scalar, through a tensor."""
+    return x % (n if isinstance(n, int) else x.new_full((1,), n))
 
 
 def _regions(length: int, window: int, shift: int, device: torch.device | None) -> Tensor:
