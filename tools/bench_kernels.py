@@ -19,9 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels import attention as attention_file
+from zoo.kernels import channel_scan as channel_file
+from zoo.kernels import geglu_norm as geglu_file
 from zoo.kernels import linear_attention as linear_file
 from zoo.kernels import prototype_select as prototype_file
+from zoo.kernels import scan2d as scan2d_file
+from zoo.kernels import selective_scan as selective_file
 from zoo.kernels import tied_attention as tied_file
+from zoo.kernels import wave_gate as wave_file
 
 Form = Callable[..., Tensor]
 
@@ -313,3 +318,84 @@ def _prototype_select(device: torch.device) -> Iterator[Row]:
             2.0 * q.shape[0] * 100 * N * 256,
             (q.numel() * 2 + k.numel()) * q.element_size() + allowed.numel(),
         )
+
+
+# Scans and pointwise operators ---------------------------------------------------------------------------------------
+
+
+def _scan_weights(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Weights in float32, as models keep them; small, so that no scan grows."""
+    return [0.1 * torch.randn(*shape, device=device) for shape in shapes]
+
+
+@rows("scan2d")
+def _scan2d(device: torch.device) -> Iterator[Row]:
+    shapes = (("ViM2-T stage 1", 56, 192), ("ViM2-T stage 3", 14, 768), ("ViM2-T stage 4", 7, 1536))
+    for name, side, dim in shapes[2:] if device.type == "cpu" else shapes:  # the reference takes minutes
+        N = 16
+        rank, images = dim // 32, batch(device)
+        x = torch.randn(images, side, side, dim, device=device)
+        shapes = ((4, rank + 2 * N, dim), (4, dim, rank), (4, dim), (4 * dim, N), (4 * dim,))
+        proj, dt_weight, dt_bias, A, D = _scan_weights(device, *shapes)
+        pixels = images * side * side
+        flops = 2 * pixels * 4 * dim * (2 * rank + 2 * N) + 9 * pixels * 4 * dim * N
+        forms = {"scan2d": scan2d_file.scan2d, "reference": scan2d_file.reference}
+        moved = 4 * pixels * (2 * dim + 4 * (rank + 2 * N))
+        yield Row(name, (x, proj, dt_weight, dt_bias - 3, -1 - A.abs(), D), forms, flops, moved)
+
+
+@rows("selective_scan")
+def _selective_scan(device: torch.device) -> Iterator[Row]:
+    b, d, N, length = batch(device, 16), 768, 16, 196
+    u, dt, z = torch.randn(3, b, d, length, device=device)
+    B, C = torch.randn(2, b, 1, N, length, device=device)
+    A, D, bias = _scan_weights(device, (d, N), (d,), (d,))
+
+    def form(function: Form) -> Form:
+        return lambda *tensors: function(*tensors, softplus=True)
+
+    forms = {"selective_scan": form(selective_file.selective_scan), "reference": form(selective_file.reference)}
+    inputs = (u, dt, -1 - A.abs(), B, C, D, z, bias - 3)
+    yield Row(f"{d} channels, {length} steps", inputs, forms, 9 * u.numel() * N, 4 * (4 * u.numel() + 2 * B.numel()))
+
+
+@rows("channel_scan")
+def _channel_scan(device: torch.device) -> Iterator[Row]:
+    sizes = (("ViM2-T stage 3", 14, 768, 2), ("ViM2-T stage 4", 7, 768, 1))
+    for name, side, width, expand in sizes[1:] if device.type == "cpu" else sizes:
+        x = torch.randn(batch(device), side, side, width, device=device)
+        shapes = ((4, 3), (1, 4), (4, width), (4, width), (4, 16), (4, 16, width), (4, 16, width), (4, width))
+        conv, conv_bias, dt_weight, dt_bias, A, B, C, D = _scan_weights(device, *shapes)
+        inputs = (x, conv, conv_bias, dt_weight, dt_bias - 3, -1 - A.abs(), B, C, D)
+
+        def form(function: Form, expand: int = expand) -> Form:
+            return lambda pixels, *weights: function(pixels, expand, *weights)
+
+        forms = {"channel_scan": form(channel_file.channel_scan), "reference": form(channel_file.reference)}
+        yield Row(name, inputs, forms, 4 * x.numel() * (11 * 16 + 8), 8 * x.numel())
+
+
+@rows("geglu_norm")
+def _geglu_norm(device: torch.device) -> Iterator[Row]:
+    for name, tokens, features in (("Activator, 64 tokens of 512", 64, 512), ("196 tokens of 1536", 196, 1536)):
+        a, b = (draw(device, batch(device, 256), tokens, features) for _ in range(2))
+        weight, bias = (draw(device, features) for _ in range(2))
+        forms = {"geglu_norm": geglu_file.geglu_norm, "reference": geglu_file.reference}
+        yield Row(name, (a, b, weight, bias), forms, 20 * a.numel(), 3 * a.numel() * a.element_size())
+
+
+@rows("wave_gate")
+def _wave_gate(device: torch.device) -> Iterator[Row]:
+    for name, channels, side in (("SpaRTAN-T stage 1", 32, 56), ("SpaRTAN-T stage 3", 128, 14)):
+        x = draw(device, batch(device, 256), channels, side, side)
+        theta, amplitude = (draw(device, len(x), 4 * channels, side, side) for _ in range(2))
+        rotation = draw(device, 2 * channels, 2)
+        forms = {"wave_gate": wave_file.wave_gate}
+        if device.type == "cpu":  # complex numbers do not exist in bfloat16
+            forms["reference"] = wave_file.reference
+        else:
+            forms["superpose, rotate"] = lambda x, t, a, r: wave_file.rotate(
+                wave_file.superpose(wave_file.strongest(x), t, a), r
+            )
+        moved = (x.numel() + 3 * theta.numel()) * x.element_size()
+        yield Row(name, (x, theta, amplitude, rotation), forms, 15 * theta.numel(), moved)
