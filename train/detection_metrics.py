@@ -260,7 +260,7 @@ def coco_metric(coco: Mapping[str, Any], category_ids: Sequence[int], iou_types:
     class CocoMetric(BaseMetric):
         """COCO average precision."""
 
-        default_prefix = None
+        default_prefix = ""
         scores: tuple[CocoScores, ...] = ()
         collected: Sequence[dict[str, Any]] = ()
 

@@ -343,6 +343,42 @@ class SegmentationRecipe(DenseRecipe):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DetectionRecipe(DenseRecipe):
+    """Boxes, with masks where the head has them, on any backbone."""
+
+    task: ClassVar[str] = "detection"
+
+    head: Literal["retinanet", "fcos", "faster_rcnn", "mask_rcnn", "rt_detr"] = option("retinanet", "the detector")
+    data: str = option("", "folder: COCO, YOLO or VOC")
+    map_norm: Literal["layer", "group"] | None = option(None, "a norm behind each of the backbone's maps")
+    short_sides: tuple[int, ...] = option((), "training sizes of the shorter side, one at random")
+    max_long: int = option(1333, "limit of the longer side in training")
+    crop_policy: bool = option(False, "DETR's: crop half of the images before they are resized")
+    jitter_size: tuple[int, int] = option((1024, 1024), "height and width that large-scale jitter fills")
+    train_size: int | None = option(None, "instead of these: stretch training images to this side (RT-DETR)")
+    zoom_out: float = option(0.0, "probability of a larger canvas around the image (SSD)")
+    iou_crop: float = option(0.0, "probability of a crop that keeps objects in view (SSD)")
+    color: float = option(0.0, "probability of distorted colours (SSD)")
+    test_short: int = option(800, "shorter side in evaluation; the side of the square for rt_detr")
+    test_long: int = option(1333, "limit of the longer side in evaluation")
+
+    def validate(self) -> None:
+        """Check every value that can be wrong on its own.
+
+        Raises:
+            ValueError: one sentence with the field, its value and what is allowed.
+        """
+        super().validate()
+        for name in ("zoom_out", "iou_crop", "color"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        sizes = [bool(self.short_sides), self.jitter_scale is not None, self.train_size is not None]
+        check(sum(sizes) == 1, "short_sides", self.short_sides, "one of short_sides, jitter_scale and train_size")
+        check(
+            not (self.crop_policy and not self.short_sides), "crop_policy", self.crop_policy, "off without short_sides"
+        )
+
+
 def convert(hint: Any, value: Any) -> Any:
     """A JSON value or a command-line string as the type of a recipe's field.
 

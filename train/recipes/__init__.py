@@ -7,11 +7,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from zoo.train.recipe import ClassificationRecipe, Recipe, SegmentationRecipe
+from zoo.train.recipe import ClassificationRecipe, DetectionRecipe, Recipe, SegmentationRecipe
 from zoo.train.recipes import (
     activator,
     ascan,
     crate,
+    detection,
     fcaformer,
     finetune,
     metaformer,
@@ -22,11 +23,30 @@ from zoo.train.recipes import (
     vim2,
 )
 
-_MODULES = (finetune, metaformer, crate, fcaformer, slab, ascan, ninformer, activator, spartan, vim2, segmentation)
+_MODULES = (
+    finetune,
+    metaformer,
+    crate,
+    fcaformer,
+    slab,
+    ascan,
+    ninformer,
+    activator,
+    spartan,
+    vim2,
+    detection,
+    segmentation,
+)
 
 # task -> the class of its recipes, and the preset for people with images of their own
-RECIPE_CLASSES: dict[str, type[Recipe]] = {cls.task: cls for cls in (ClassificationRecipe, SegmentationRecipe)}
-FINE_TUNING = {"classification": "finetune", "segmentation": "finetune_segmentation"}
+RECIPE_CLASSES: dict[str, type[Recipe]] = {
+    cls.task: cls for cls in (ClassificationRecipe, DetectionRecipe, SegmentationRecipe)
+}
+FINE_TUNING = {
+    "classification": "finetune",
+    "detection": "finetune_detection",
+    "segmentation": "finetune_segmentation",
+}
 
 
 def list_recipes() -> dict[str, Callable[..., Recipe]]:
