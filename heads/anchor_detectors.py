@@ -71,6 +71,7 @@ class RetinaNet(Detector, retinanet.RetinaNet):
     """
 
     head_name = "retinanet"
+    class_entries = ("head.classification_head.cls_logits",)
     strides = (8, 16, 32)
 
     def __init__(
@@ -162,6 +163,7 @@ class Fcos(Detector, fcos.FCOS):
     """
 
     head_name = "fcos"
+    class_entries = ("head.classification_head.cls_logits",)
     strides = (8, 16, 32)
 
     def __init__(

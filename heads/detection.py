@@ -38,6 +38,7 @@ class Detector(nn.Module):
 
     head_name: str
     has_masks = False
+    class_entries: tuple[str, ...]  # modules whose shape depends on the number of classes
     _first_label = 0  # the head's own number of class 0: 1 where 0 is the background
 
     def _describe(self, num_classes: int, class_names: Sequence[str] | None, freeze_norm: bool) -> None:
@@ -49,6 +50,8 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names is not None else None
         self.category_ids: list[int] | None = None
+        # as timm's models say it: `zoo.load_checkpoint(model, path, head="fit")` leaves these out for other classes
+        self.pretrained_cfg = {"classifier": self.class_entries}
         self._freezes = freeze_norm
         if freeze_norm:
             for module in self._batch_norms():
@@ -200,6 +203,7 @@ def batch_mean_count(count: Tensor) -> Tensor:
 
 def detector_classes() -> dict[str, type[Detector]]:
     """Name -> class of every detector."""
+    import zoo.heads.detection_checkpoint  # noqa: F401 - registers the layouts
     from zoo.heads.anchor_detectors import Fcos, RetinaNet
     from zoo.heads.rcnn import FasterRcnn, MaskRcnn
     from zoo.heads.rt_detr import RtDetr

@@ -210,7 +210,11 @@ class ImageTransform(GeneralizedRCNNTransform):
             return image, target
         target["boxes"] = resize_boxes(target["boxes"], (h, w), size)
         if "masks" in target and size != (h, w):
-            target["masks"] = F.interpolate(target["masks"][None].float(), size)[0].byte()
+            rows, columns = (
+                ((torch.arange(new, device=image.device) + 0.5) * (old / new)).long().clamp(max=old - 1)
+                for old, new in zip((h, w), size)
+            )
+            target["masks"] = target["masks"][:, rows[:, None], columns]
         return image, target
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:

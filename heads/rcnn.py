@@ -104,6 +104,7 @@ class FasterRcnn(Detector, GeneralizedRCNN):
     """
 
     head_name = "faster_rcnn"
+    class_entries = ("roi_heads.box_predictor",)
     strides = (4, 8, 16, 32)
     _first_label = 1
 
@@ -187,6 +188,7 @@ class MaskRcnn(FasterRcnn):
     """Mask R-CNN: Faster R-CNN, and a 28 x 28 mask for each detection. Arguments as there."""
 
     head_name = "mask_rcnn"
+    class_entries = ("roi_heads.box_predictor", "roi_heads.mask_predictor.mask_fcn_logits")
     has_masks = True
 
     def _add_masks(self, out_channels: int, num_classes: int, sampling_ratio: int) -> None:

@@ -338,6 +338,10 @@ def _classifier_differs(model: nn.Module, state: StateDict, classifier: tuple[st
 
 
 def _resize_classifier(model: nn.Module, state: StateDict, classifier: tuple[str, ...], report: LoadReport) -> None:
+    if not hasattr(model, "reset_classifier"):
+        raise CheckpointError(
+            f"head='file' is for classifiers: build this {type(model).__name__} with the file's classes"
+        )
     weights = [value for name, value in state.items() if name.startswith(classifier) and value.ndim == 2]
     if not classifier or not weights:
         raise CheckpointError("head='file' needs a classifier in the file, and it has none: use head='keep'")
@@ -364,6 +368,11 @@ def _explain(model: nn.Module, source: str, state: StateDict, report: LoadReport
         and not report.unexpected
         and all(n.startswith(classifier) for n, _, _ in report.mismatched)
     )
+    if only_head and not hasattr(model, "reset_classifier"):
+        return (
+            f"{source} was trained for another number of classes than the {model.num_classes} of this {name}: pass "
+            "head='keep' to load all but the classifier, or build the model with the file's classes"
+        )
     if only_head:
         there, here = report.mismatched[-1][1][0], report.mismatched[-1][2][0]
         return (

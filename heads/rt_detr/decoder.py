@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         # only the chosen cells need boxes
         x = cells.gather(1, best.expand(-1, -1, cells.shape[-1]))
         start_logits = scores.gather(1, best.expand(-1, -1, scores.shape[-1]))
-        place = self.enc_bbox_head(x) + anchors.expand(len(x), -1, -1).gather(1, best.expand(-1, -1, 4))
+        place = self.enc_bbox_head(x) + anchors.expand(x.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
         start_boxes = place.sigmoid()
         x, place = x.detach(), place.detach()
 

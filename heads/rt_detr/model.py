@@ -51,6 +51,7 @@ class RtDetr(Detector):
     """
 
     head_name = "rt_detr"
+    class_entries = ("decoder.enc_score_head", "decoder.score_heads", "denoising_class_embed")
     strides = (8, 16, 32)
 
     def __init__(
