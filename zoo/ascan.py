@@ -34,7 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from zoo._timm import feature_take_indices, update_model_input_size
 from zoo.builder import build_model, pretrained_cfg
 from zoo.checkpoint import Conversion, StateDict, checkpoint_converter
-from zoo.kernels.attention import attention, reference, relative_bias, resize_relative_table
+from zoo.kernels.attention import attention, reference, resize_relative_table
 
 __all__ = ["AsCan"]
 
@@ -154,14 +154,14 @@ class Attention(nn.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
-        bias: Tensor | None = None
+        table: Tensor | None = None
         if self.relative_position_bias_table is not None:
             h, w = self.grid_size
-            bias = position_bias(self.relative_position_bias_table, h, w, H, W)
+            table = offset_table(self.relative_position_bias_table, h, w, H, W)
         if self.fused_attn:
-            x = attention(q, k, v, bias=bias, scale=self.scale)
+            x = attention(q, k, v, scale=self.scale, table=table)
         else:
-            x = reference(q, k, v, bias=bias, scale=self.scale)
+            x = reference(q, k, v, scale=self.scale, table=table)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
     @torch.no_grad()
@@ -182,12 +182,12 @@ def resize_table(table: Tensor, h0: int, w0: int, h: int, w: int) -> Tensor:
 
 @torch.fx.wrap
 @register_notrace_function
-def position_bias(table: Tensor, h0: int, w0: int, h: int, w: int) -> Tensor:
-    """The dense bias (heads, h*w, h*w) of a table that was made for h0 x w0."""
+def offset_table(table: Tensor, h0: int, w0: int, h: int, w: int) -> Tensor:
+    """A table that was made for h0 x w0, by head and offset in a map of h x w: (heads, 2h-1, 2w-1)."""
     maps = table.t().reshape(-1, 2 * h0 - 1, 2 * w0 - 1)
     if h != h0 or w != w0:
         maps = resize_relative_table(maps, h, w)
-    return relative_bias(maps)
+    return maps
 
 
 class TransformerBlock(nn.Module):

@@ -168,14 +168,16 @@ class CrossAttention(nn.Module):
                 key_bias2 = resized_cross(self.cross_bias, H, W)
             else:
                 k, v = torch.cat([k, kv[0]], dim=2), torch.cat([v, kv[1]], dim=2)
+        bias: Tensor | None = None
+        table: Tensor | None = None
         if self.bias is None:
-            bias = dense_bias(self.offset_bias, H, W)
+            table = offset_table(self.offset_bias, H, W)
         else:
             bias = kept_bias(self.bias, self.offset_bias, self.cross_bias, H, W)
         if self.fused_attn:
-            x = attention(q, k, v, bias=bias, scale=self.scale, k2=k2, v2=v2, key_bias2=key_bias2)
+            x = attention(q, k, v, bias=bias, scale=self.scale, k2=k2, v2=v2, key_bias2=key_bias2, table=table)
         else:
-            x = reference(q, k, v, bias=bias, scale=self.scale, k2=k2, v2=v2, key_bias2=key_bias2)
+            x = reference(q, k, v, bias=bias, scale=self.scale, k2=k2, v2=v2, key_bias2=key_bias2, table=table)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
     @torch.no_grad()
@@ -282,17 +284,17 @@ def resized_cross(maps: Tensor, h: int, w: int) -> Tensor:
 
 @torch.fx.wrap
 @register_notrace_function
-def dense_bias(offset_bias: Tensor, h: int, w: int) -> Tensor:
-    """(heads, h0, w0) over absolute offsets -> (heads, h*w, h*w)."""
+def offset_table(offset_bias: Tensor, h: int, w: int) -> Tensor:
+    """(heads, h0, w0) over absolute offsets -> (heads, 2h-1, 2w-1) over signed ones."""
     table = mirror_offsets(offset_bias)
     if offset_bias.shape[1] != h or offset_bias.shape[2] != w:
         table = resize_relative_table(table, h, w)
-    return relative_bias(table)
+    return table
 
 
 def whole_bias(offset_bias: Tensor, cross_bias: Tensor | None, h: int, w: int) -> Tensor:
     """Bias of all keys, (heads, N, N + K)."""
-    bias = dense_bias(offset_bias, h, w)
+    bias = relative_bias(offset_table(offset_bias, h, w))
     if cross_bias is not None:
         per_key = resized_cross(cross_bias, h, w).unsqueeze(1).expand(-1, bias.shape[1], -1)
         bias = torch.cat([bias, per_key], dim=2)
