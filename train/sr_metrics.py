@@ -12,11 +12,16 @@ import numpy as np
 _Y = (np.array([65.481, 128.553, 24.966]) / 255).reshape(3, 1)
 
 
-def luma(image: np.ndarray) -> np.ndarray:
-    """Y of BT.601, 16 to 235, as float32 (H, W), of uint8 RGB (H, W, 3) or grey (H, W)."""
+def luma(image: np.ndarray, rounded: bool = False) -> np.ndarray:
+    """Y of BT.601, 16 to 235, as float32 (H, W), of uint8 RGB (H, W, 3) or grey (H, W).
+
+    `rounded` to whole numbers, as MATLAB's rgb2ycbcr gives it for uint8 pictures: older tables were made with it, those
+    of CRAFT and its contemporaries without.
+    """
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
-    return (image.astype(np.float64) @ _Y + 16)[..., 0].astype(np.float32)
+    y = (image.astype(np.float64) @ _Y + 16)[..., 0]
+    return (np.floor(y + 0.5) if rounded else y).astype(np.float32)
 
 
 def crop_border(image: np.ndarray, border: int) -> np.ndarray:
@@ -61,13 +66,14 @@ def _blur(x: np.ndarray) -> np.ndarray:
     return sum(w * rows[:, i : rows.shape[1] - 10 + i] for i, w in enumerate(window))
 
 
-def sr_scores(output: np.ndarray, truth: np.ndarray, border: int) -> dict[str, float]:
+def sr_scores(output: np.ndarray, truth: np.ndarray, border: int, round_luma: bool = False) -> dict[str, float]:
     """Scores of one picture: `psnr_y` and `ssim_y` (those of the papers' tables), `psnr` and `ssim` of RGB.
 
     Args:
         output: uint8 (H, W, 3) or (H, W).
         truth: uint8; cut at the right and bottom to the size of `output`.
         border: pixels left out on each side, the scale.
+        round_luma: see `luma`.
 
     Raises:
         ValueError: the truth is smaller than the output, or nothing is left.
@@ -80,7 +86,7 @@ def sr_scores(output: np.ndarray, truth: np.ndarray, border: int) -> dict[str, f
     output, truth = (x if x.ndim == 3 else np.repeat(x[..., None], 3, axis=2) for x in (output, truth))
     truth = truth[: output.shape[0], : output.shape[1]]
     output, truth = crop_border(output, border), crop_border(truth, border)
-    y, true_y = luma(output), luma(truth)
+    y, true_y = luma(output, round_luma), luma(truth, round_luma)
     return {
         "psnr_y": psnr(y, true_y),
         "ssim_y": ssim(y, true_y),
