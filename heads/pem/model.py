@@ -140,6 +140,15 @@ class Pem(nn.Module):
 
         return predict(self, image, **options)
 
+    def no_weight_decay(self) -> set[str]:
+        """The three embeddings, which the official recipes do not decay, and what the backbone exempts."""
+        own = {f"head.decoder.{name}" for name in ("query_feat", "query_pos", "level_embed")}
+        return own | {f"backbone.{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
     def pad(self, images: Tensor) -> Tensor:
         """The images with zeros to the right and below up to a multiple of `divisor`."""
         H, W = images.shape[-2:]

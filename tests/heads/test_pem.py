@@ -225,3 +225,13 @@ def test_one_batch_is_learned():
         losses.append(float(loss.detach()))
     assert not [name for name, p in model.named_parameters() if p.grad is None]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_names_without_weight_decay_exist_and_checkpointing_changes_nothing():
+    model = tiny_segmenter()
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    images = torch.randn(2, 3, 64, 64)
+    model.eval()
+    expected = model(images).mask_logits
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(images).mask_logits, expected)
