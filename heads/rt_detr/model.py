@@ -34,7 +34,8 @@ class RtDetr(Detector):
         freeze_norm: keep the backbone's batch statistics.
         size: images are stretched to this height and width (or to this square).
         multi_scale: squares of which one is drawn for each batch in training; none: `size`.
-        resize_in_training: off where the data set resizes already, to one size for a batch.
+        resize_in_training: off where the data set resizes already, to one size for a batch; of these, `multi_scale`
+            still draws.
         image_mean, image_std: in 0..1; the backbone's own by default. The authors use 0 and 1.
         hidden_dim: width of encoder and decoder.
         num_heads: of all attention.
@@ -118,20 +119,13 @@ class RtDetr(Detector):
 
     def _batch(self, images: list[Tensor]) -> Tensor:
         size = self.size
+        if self.training and self.multi_scale:
+            size = (self.multi_scale[int(torch.randint(len(self.multi_scale), ()))],) * 2
         if self.training and not self.resize_in_training:
             if len({tuple(image.shape) for image in images}) > 1:
                 raise ValueError("images of one batch differ in size: resize them, or pass resize_in_training=True")
-            return torch.stack(images)
-        if self.training and self.multi_scale:
-            size = (self.multi_scale[int(torch.randint(len(self.multi_scale), ()))],) * 2
-        return torch.stack(
-            [
-                image
-                if tuple(image.shape[-2:]) == size
-                else F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-                for image in images
-            ]
-        )
+            return _resize(torch.stack(images), size) if self.multi_scale else torch.stack(images)
+        return torch.cat([_resize(image[None], size) for image in images])
 
     def _run(self, images: list[Tensor], targets: list[Target] | None) -> Any:
         batch = self._batch(images)
@@ -186,3 +180,9 @@ class RtDetr(Detector):
             {"boxes": box * box.new_tensor([w, h, w, h]), "labels": label, "scores": score}
             for box, label, score, (h, w) in zip(boxes, best.indices % classes, best.values, sizes)
         ]
+
+
+def _resize(batch: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(batch.shape[-2:]) == size:
+        return batch
+    return F.interpolate(batch, size, mode="bilinear", antialias=True)

@@ -273,6 +273,9 @@ def test_images_are_resized_to_one_size_and_boxes_come_back():
     for one, (h, w) in zip(found, ((40, 90), (200, 31))):
         assert (one["boxes"] <= torch.tensor([w, h, w, h]) + 1e-3).all()
         assert (one["scores"].diff() <= 0).all()
+    drawn = create_detector("rt_detr", "resnet18", CLASSES, **TINY, multi_scale=(64,), resize_in_training=False).train()
+    assert drawn._batch([torch.rand(3, 96, 96)] * 2).shape == (2, 3, 64, 64)
     fixed = create_detector("rt_detr", "resnet18", CLASSES, **TINY, resize_in_training=False).train()
+    assert fixed._batch([torch.rand(3, 40, 90)]).shape == (1, 3, 40, 90)
     with pytest.raises(ValueError, match="differ in size"):
         fixed._batch([torch.rand(3, 40, 90), torch.rand(3, 40, 91)])
