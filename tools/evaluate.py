@@ -1,7 +1,8 @@
-"""Evaluate a classifier on a folder of images: a table, per-class results, confusion and worst mistakes.
+"""Evaluate a model on annotated images: a table, per-class results, and pictures of what went wrong.
 
-`zoo eval --data photos/val runs/train/best.safetensors`, or for other weights
-`zoo eval --data imagenet/val --model caformer_s18 --checkpoint caformer_s18.pth`.
+`zoo eval --data photos/val runs/train/best.safetensors`, or for other weights of a classifier
+`zoo eval --data imagenet/val --model caformer_s18 --checkpoint caformer_s18.pth`. A file that zoo train wrote says
+whether it classifies, detects or segments.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import timm
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo eval`."""
     parser.add_argument("weights", nargs="?", help="a file that zoo train wrote; it says which model it is")
-    parser.add_argument(
-        "--data", required=True, help="folder of class folders (val/ is taken if there is one) or labels.csv"
-    )
+    parser.add_argument("--task", choices=("classification", "detection", "segmentation"), help="the file's by default")
+    parser.add_argument("--data", required=True, help="the data set, in any layout that zoo train takes for this task")
     parser.add_argument("--split", default="val", help="part of the data set")
     parser.add_argument("--model", help="registered model, for weights that do not say")
     parser.add_argument("--checkpoint", help="weights for --model, in any layout")
@@ -74,6 +74,29 @@ def load_classifier(args: argparse.Namespace):
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and write the report."""
+    from zoo.tools import evaluate_dense
+
+    recorded = task_of(args.weights)
+    task = args.task or recorded
+    if args.weights and task != recorded:
+        raise ValueError(f"{args.weights} is a model of {recorded}, and --task is {task}: leave --task out")
+    if task in evaluate_dense.RUN:
+        if not args.weights:
+            raise ValueError(f"zoo eval --task {task} needs a weight file of zoo train")
+        return evaluate_dense.RUN[task](args)
+    return _run_classification(args)
+
+
+def task_of(weights: str | None) -> str:
+    """What a weight file of zoo does; "classification" for others."""
+    from zoo.saving import read_metadata
+
+    if not weights or not str(weights).endswith(".safetensors") or not Path(weights).is_file():
+        return "classification"
+    return read_metadata(weights).get("task") or "classification"
+
+
+def _run_classification(args: argparse.Namespace) -> int:
     import zoo
     from zoo.train.data.classification import check_dataset, open_classification
     from zoo.train.engine import pick_device

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", help="a file that zoo train wrote, or a registered model name with --checkpoint")
     parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
     parser.add_argument(
-        "--task", choices=("classification", "sr"), default="classification", help="sr enlarges: IN OUT, no weights"
+        "--task",
+        choices=("classification", "detection", "segmentation", "sr"),
+        help="the file's by default; sr: IN OUT",
     )
     parser.add_argument("--checkpoint", help="weights, where a model name is given")
     parser.add_argument("--pretrained", action="store_true", help="released weights, where a model name is given")
@@ -33,8 +35,11 @@ def run(args: argparse.Namespace) -> int:
         return predict_sr.run(args, [Path(args.weights), *args.images])
     import zoo
     from zoo.images import ImageError
-    from zoo.tools.evaluate import load_classifier
+    from zoo.tools.evaluate import load_classifier, task_of
 
+    recorded = task_of(args.weights)
+    if args.task and args.task != recorded:
+        raise ValueError(f"{args.weights} is a model of {recorded}, and --task is {args.task}: leave --task out")
     is_file = Path(args.weights).suffix == ".safetensors" and Path(args.weights).is_file()
     model = load_classifier(
         argparse.Namespace(
@@ -54,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
         except (ImageError, FileNotFoundError) as error:
             unreadable.append(str(error))
             continue
-        prediction = zoo.predict(model, image, topk=args.topk, multilabel=multilabel, device=args.device)
+        if recorded == "classification":
+            prediction = zoo.predict(model, image, topk=args.topk, multilabel=multilabel, device=args.device)
+        else:
+            prediction = model.predict(image, device=args.device, **_options(model))
         shown = ", ".join(f"{name} {100 * score:.1f} %" for name, score in zip(prediction.names, prediction.scores))
         print(f"{path}: {shown or 'nothing above the threshold'}")
         records.append({"file": str(path), **prediction.to_dict()})
@@ -65,6 +73,15 @@ def run(args: argparse.Namespace) -> int:
     for line in unreadable:
         print(f"not read: {line}", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _options(model) -> dict:
+    """How a detector or segmenter was evaluated when it was trained."""
+    described = model.zoo_metadata
+    if described.get("task") != "segmentation":
+        return {}
+    short, long = described.get("test_size", (512, 2048))
+    return dict(size=short, max_size=long, **described.get("thresholds", {}))
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
