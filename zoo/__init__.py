@@ -54,6 +54,7 @@ __all__ = [
     "crate",
     "crate_mae",
     "create_detector",
+    "create_segmenter",
     "create_upscaler",
     "fcaformer",
     "fold",
