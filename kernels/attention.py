@@ -795,7 +795,8 @@ def _settings(q: Tensor, v: Tensor, scale: float | None, pairwise: bool, backwar
     elif q.element_size() > 2:
         block_q, block_k, warps = 32, 32, 4 if width <= 32 else 8
     elif pairwise:
-        block_q, block_k, warps = 32 if backward else 64, 32, 4 if width <= 64 else 8
+        block_q, block_k = 32 if backward and width > 16 else 64, 32
+        warps = 4 if width <= (64 if backward else 32) else 8
         if on_amd() and backward and width > 64:
             block_k = 16
     elif backward:
