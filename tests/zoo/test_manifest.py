@@ -9,6 +9,7 @@ from zoo.manifest import find_weights, known_weights, local_file_names
 
 _ACCESS = {"url", "hub", "drive", "dead", "unreleased", "packaged"}
 _METRICS = {"top1", "zero_shot_top1", "box_ap", "mask_ap", "miou"}
+_METRICS |= {"psnr_set5", "ssim_set5", "psnr_set14", "ssim_set14", "psnr_b100", "psnr_urban100", "psnr_manga109"}
 
 
 @pytest.mark.parametrize("weights", known_weights(), ids=lambda w: f"{w.model}.{w.tag}")
