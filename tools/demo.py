@@ -2,7 +2,7 @@
 
 An ImageNet backbone of timm's (EfficientNet-Lite0) is fine-tuned on 600 photographs of clothes and then teaches
 a small zoo model (AsCAN, 0.9 M parameters) that starts from random weights. Both are measured on 186 photographs
-that neither was trained on.
+that neither was trained on. At last a photograph is enlarged with CRAFT and zoo's own x2 weights.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "clothing10"
 BACKBONE = ROOT / "tests" / "data" / "weights" / "tf_efficientnet_lite0.fp16.safetensors"
+PHOTOGRAPH = DATA / "val" / "shoes" / "5bb088ac-ea91-419b-851e-1b04b7ce57db.jpg"  # not trained on
 OUT = Path("runs") / "demo"
 STUDENT = {"stem_width": 16, "widths": [32, 64, 128, 192], "patterns": ["C", "CC", "CC", "CT"]}
 
@@ -68,11 +69,15 @@ def main() -> int:
             channels_last=True,
         )
     )
+    from zoo.tools.demo_sr import draw_upscaling
+
+    print("\n3. enlarge a photograph twice with zoo's CRAFT weights")
+    print(draw_upscaling(PHOTOGRAPH, OUT / "sr.png"))
     chance = 100 / len(student.evaluation.classes)
     print(f"\nstudent, on {len(student.evaluation.paths)} photographs that it has not seen (chance: {chance:.0f} %)")
     print(student.table)
     print(f"teacher: {teacher.evaluation.scores['top1']:.1f} % top-1")
-    print(f"{time.perf_counter() - start:.0f} s; look at {OUT}/predictions.png, curves.png, confusion.png")
+    print(f"{time.perf_counter() - start:.0f} s; look at {OUT}/predictions.png, curves.png, confusion.png, sr.png")
     return 0
 
 
