@@ -111,6 +111,12 @@ class Craft(nn.Module):
             elif hasattr(module, "temperature"):
                 nn.init.ones_(module.temperature)
 
+    def freeze_inert(self) -> None:
+        """Take the position MLPs without effect out of training: they get no gradient, which DDP takes for an error."""
+        for module in self.modules():
+            if getattr(module, "inert", False):
+                module.requires_grad_(False)
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that optimisers leave undecayed (the official recipe decays nothing)."""
         return {name for name, _ in self.named_parameters() if name.endswith("temperature") or ".pos." in name}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import zoo.saving
 from tests.parity.craft import sr_data
 from zoo.heads.craft import Craft
 from zoo.heads.craft.start import start_from_bicubic
@@ -207,6 +208,45 @@ def test_a_killed_training_ends_with_the_same_weights(folders):
         assert torch.equal(a, b)
     steps = [json.loads(line)["step"] for line in (folders / "cut/history.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
+
+
+def test_the_engine_trains_evaluates_and_reports(folders, capsys):
+    from zoo.train.recipes import find_recipe
+    from zoo.train.trainer import train
+
+    recipe = find_recipe("finetune-sr")(
+        data=str(folders / "hr"),
+        low=str(folders / "lr"),
+        start="bicubic",
+        head_args={"depths": [1]},
+        patch=16,
+        batch_size=2,
+        epochs=1,
+        epoch_steps=1,
+        workers=0,
+        out=str(folders / "run"),
+    )
+    result = train(recipe, quiet=True)
+    assert "mean" in result.table
+    assert {"best.safetensors", "results.md", "results.json", "prediction.png"} <= {
+        p.name for p in (folders / "run").iterdir()
+    }
+    model = zoo.saving.load_model(result.weights)
+    assert model.scale == 2
+    assert model.depths == (1,)
+    mean, _ = evaluate_superresolution(model, open_superresolution([folders / "hr/2.png"], 2))
+    assert mean["psnr_y"] == pytest.approx(result.evaluation["psnr_y"], abs=0.05)
+
+
+def test_recipes_are_the_published_ones():
+    from zoo.train.recipes import find_recipe
+
+    recipe = find_recipe("craft_x4")()
+    assert recipe.epochs * recipe.epoch_steps == 500_000
+    assert [m * recipe.epoch_steps for m in recipe.milestones] == [250_000, 400_000, 450_000, 475_000]
+    assert (recipe.batch_size, recipe.lr, recipe.patch, recipe.seed) == (64, 2e-4, 64, 33)
+    with pytest.raises(ValueError, match="patch"):
+        find_recipe("craft_x4")(patch=20)
 
 
 @pytest.mark.slow

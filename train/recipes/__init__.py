@@ -20,8 +20,10 @@ from zoo.train.recipes import (
     segmentation,
     slab,
     spartan,
+    superresolution,
     vim2,
 )
+from zoo.train.recipes.superresolution import SuperResolutionRecipe
 
 _MODULES = (
     finetune,
@@ -36,16 +38,18 @@ _MODULES = (
     vim2,
     detection,
     segmentation,
+    superresolution,
 )
 
 # task -> the class of its recipes, and the preset for people with images of their own
 RECIPE_CLASSES: dict[str, type[Recipe]] = {
-    cls.task: cls for cls in (ClassificationRecipe, DetectionRecipe, SegmentationRecipe)
+    cls.task: cls for cls in (ClassificationRecipe, DetectionRecipe, SegmentationRecipe, SuperResolutionRecipe)
 }
 FINE_TUNING = {
     "classification": "finetune",
     "detection": "finetune_detection",
     "segmentation": "finetune_segmentation",
+    "superresolution": "finetune_sr",
 }
 
 
