@@ -26,7 +26,7 @@ HEADS = dict(
             rpn_pre_nms_top_n_train=200,
             rpn_post_nms_top_n_train=100,
             rpn_post_nms_top_n_test=100,
-            box_batch_size_per_image=32,
+            box_batch_size_per_image=16,
         ),
         2e-3,
     ),
