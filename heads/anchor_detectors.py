@@ -15,12 +15,15 @@ from torch import Tensor
 from torchvision.models.detection import fcos, retinanet
 from torchvision.ops import sigmoid_focal_loss
 
-from zoo.heads.detection import Detector, Target, batch_mean_count
+from zoo.heads.detection import Detector, Target, at_least_float32, batch_mean_count
 from zoo.heads.fpn import Anchors, FpnBackbone, ImageTransform
 from zoo.heads.pyramid import Pyramid
 
 
 class _RetinaNetHead(retinanet.RetinaNetHead):
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return {name: at_least_float32(out) for name, out in super().forward(x).items()}
+
     def compute_loss(
         self,
         targets: list[Target],
@@ -128,6 +131,9 @@ class RetinaNet(Detector, retinanet.RetinaNet):
 
 
 class _FcosHead(fcos.FCOSHead):
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return {name: at_least_float32(out) for name, out in super().forward(x).items()}
+
     def compute_loss(
         self,
         targets: list[Target],

@@ -187,6 +187,11 @@ def check_targets(targets: Sequence[Target], images: Sequence[Tensor], num_class
             raise ValueError(f"target {i} has box {number} {box} with label {int(labels[k])} {what}")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 where autocast made it a half: coordinates in half precision are several pixels off."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def batch_mean_count(count: Tensor) -> Tensor:
     """`count` of the whole batch over all processes, at least 1, as each process's share of it.
 

@@ -164,10 +164,18 @@ class RoiAlign(MultiScaleRoIAlign):
         scale = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
         level = torch.floor(torch.log2(scale / (14 * self.strides[0]) + 1e-6)).clamp(0, len(maps) - 1)
         out = maps[0].new_zeros(len(rois), maps[0].shape[1], *size)
+        # never in half precision, whose steps are several pixels in a large image
+        work = torch.promote_types(maps[0].dtype, torch.float32)
+        rois = rois.to(work)
         for i, (m, stride) in enumerate(zip(maps, self.strides)):
             chosen = torch.where(level == i)[0]
             pooled = roi_align(
-                m, rois[chosen].to(m.dtype), size, 1 / stride, sampling_ratio=self.sampling_ratio, aligned=self.aligned
+                m.to(work),
+                rois[chosen],
+                size,
+                1 / stride,
+                sampling_ratio=self.sampling_ratio,
+                aligned=self.aligned,
             )
             out[chosen] = pooled.to(out.dtype)
         return out

@@ -18,7 +18,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from zoo.heads.detection import Detector, Target
+from zoo.heads.detection import Detector, Target, at_least_float32
 from zoo.heads.fpn import Anchors, FpnBackbone, ImageTransform, RoiAlign
 from zoo.heads.pyramid import Pyramid
 
@@ -30,6 +30,16 @@ def box_loss(name: BoxLoss, deltas: Tensor, wanted: Tensor) -> Tensor:
     if name == "l1":
         return (deltas - wanted).abs().sum()
     return F.smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="sum")
+
+
+class _ProposalHead(RPNHead):
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return tuple([at_least_float32(out) for out in kind] for kind in super().forward(x))
+
+
+class _BoxPredictor(faster_rcnn.FastRCNNPredictor):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(at_least_float32(out) for out in super().forward(x))
 
 
 class _Proposals(RegionProposalNetwork):
@@ -141,7 +151,7 @@ class FasterRcnn(Detector, GeneralizedRCNN):
         anchors = Anchors(anchor_sizes or [[8 * s] for s in backbone.strides], aspect_ratios, backbone.strides)
         rpn = _Proposals(
             anchors,
-            RPNHead(out_channels, anchors.num_anchors_per_location()[0]),
+            _ProposalHead(out_channels, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -154,7 +164,7 @@ class FasterRcnn(Detector, GeneralizedRCNN):
         roi_heads = _RoiHeads(
             RoiAlign(7, pyramid.strides, sampling_ratio=sampling_ratio),
             faster_rcnn.TwoMLPHead(out_channels * 7 * 7, width),
-            faster_rcnn.FastRCNNPredictor(width, num_classes + 1),
+            _BoxPredictor(width, num_classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=box_batch_size_per_image,

@@ -217,6 +217,22 @@ def test_a_bad_target_is_named(change, message):
         model(images, targets)
 
 
+@pytest.mark.parametrize("head", list_heads("detection"))
+def test_mixed_precision_trains_and_keeps_boxes_in_float32(head):
+    torch.manual_seed(0)
+    small = dict(size=96, hidden_dim=32, num_queries=20, num_decoder_layers=1) if head == "rt_detr" else SMALL
+    model = create_detector(head, "stdc1", 3, **small)
+    images, targets = _batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model.train()(images, targets)
+        assert all(v.isfinite() for v in losses.values())
+        sum(losses.values()).backward()
+        with torch.no_grad():
+            found = model.eval()(images)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert all(one["boxes"].dtype == torch.float32 for one in found)
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="expected one of faster_rcnn, fcos"):
         create_detector("yolo", "resnet18")
