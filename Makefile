@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := train,export,dev
 
-.PHONY: demo test test-fast lint parity bench clean
+.PHONY: demo demo-detection demo-segmentation test test-fast lint parity bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
@@ -18,6 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m zoo.tools.demo
+
+demo-detection demo-segmentation: demo-%: $(VENV)/.ready
+	$(BIN)/python -m zoo.tools.demo_dense $*
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -24,7 +24,7 @@ from zoo.train.recipe import DenseRecipe
 require("mmengine", extra="train")
 
 from mmengine.device import get_device  # noqa: E402
-from mmengine.dist import get_rank, is_main_process  # noqa: E402
+from mmengine.dist import all_reduce, get_rank, is_main_process  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel, is_model_wrapper  # noqa: E402
@@ -346,12 +346,15 @@ class ProgressHook(Hook):
             self.bar.update()
 
     def after_train_epoch(self, runner) -> None:
-        """Record the epoch."""
+        """Record the epoch, with the mean loss of all processes."""
         seconds = time.perf_counter() - self.start
+        loss = torch.tensor(sum(self.losses) / max(1, len(self.losses)), dtype=torch.float64)
+        all_reduce(loss, op="mean")
+        self.mean_loss = loss.item()
         self._write(
             {
                 "epoch": runner.epoch + 1,
-                "loss": sum(self.losses) / max(1, len(self.losses)),
+                "loss": self.mean_loss,
                 "lr": max(g["lr"] for g in runner.optim_wrapper.optimizer.param_groups),
                 "images_per_second": len(self.losses) * self.batch_size / seconds,
             }
@@ -362,7 +365,7 @@ class ProgressHook(Hook):
         scores = {k: float(v) for k, v in metrics.items()}
         self._write({"epoch": runner.epoch, **scores})
         if is_main_process() and not self.quiet:
-            loss = f"loss {sum(self.losses) / len(self.losses):.3f}  " if getattr(self, "losses", None) else ""
+            loss = f"loss {self.mean_loss:.3f}  " if getattr(self, "losses", None) else ""
             shown = "  ".join(f"{name} {value:.1f}" for name, value in scores.items())
             tqdm.write(f"epoch {runner.epoch:>3}/{runner.max_epochs}  {loss}{shown}", file=sys.stdout)
             sys.stdout.flush()
