@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
     parser.add_argument(
         "--task",
-        choices=("classification", "detection", "segmentation", "sr"),
+        choices=("classification", "detection", "segmentation", "sr", "superresolution"),
         help="the file's by default; sr: IN OUT",
     )
     parser.add_argument("--checkpoint", help="weights, where a model name is given")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; pictures that cannot be read are named at the end and give status 1."""
-    if args.task == "sr":
+    if args.task in ("sr", "superresolution"):
         from zoo.tools import predict_sr
 
         return predict_sr.run(args, [Path(args.weights), *args.images])

@@ -15,46 +15,42 @@ import typing
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo train`: one flag for each field of a recipe of any task."""
-    from zoo.train.recipe import Recipe, convert
+    from zoo.train.recipe import Recipe
     from zoo.train.recipes import RECIPE_CLASSES
 
     parser.formatter_class = argparse.HelpFormatter
-    parser.add_argument("--task", choices=tuple(RECIPE_CLASSES), help="what to train; the recipe's by default")
+    parser.add_argument("--task", choices=(*RECIPE_CLASSES, *_ALIASES), help="what to train; the recipe's by default")
     parser.add_argument("--recipe", help="preset (`zoo list --recipes`) or a recipe.json; the task's fine-tuning")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     shared = {field.name for field in dataclasses.fields(Recipe)}
-    taken = set()
+    flags: dict[str, argparse.Action] = {}
     for title, cls in {"every task": Recipe, **RECIPE_CLASSES}.items():
         hints = typing.get_type_hints(cls)
         group = parser.add_argument_group(f"recipe, {title}", "default: the preset's value")
         for field in dataclasses.fields(cls):
-            if (field.name in shared and cls is not Recipe) or field.name in taken:
+            if field.name in shared and cls is not Recipe:
                 continue
-            taken.add(field.name)
+            help = field.metadata["help"]
+            if field.name in flags:  # of another task, too: its meaning there is added
+                if help not in flags[field.name].help:
+                    flags[field.name].help += f"; {title}: {help}"
+                continue
             hint = hints[field.name]
             choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else None
-            group.add_argument(
+            # the text is read as the field's type when the task is known: tasks may differ in it
+            flags[field.name] = group.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 dest=f"field_{field.name}",
-                metavar=None if choices else field.name.upper(),
-                choices=choices,
+                metavar="{" + ",".join(map(str, choices)) + "}" if choices else field.name.upper(),
                 default=argparse.SUPPRESS,
-                help=field.metadata["help"],
+                help=help,
                 **(dict(nargs="?", const="true") if hint is bool else {}),
-                type=_reader(convert, hint, field.name),
             )
 
 
-def _reader(convert, hint, name: str):
-    def read(text: str):
-        try:
-            return convert(hint, text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{name}: {error}") from error
-
-    return read
+_ALIASES = {"sr": "superresolution"}  # as zoo predict calls it
 
 
 def resolve_recipe(args: argparse.Namespace):
@@ -63,17 +59,27 @@ def resolve_recipe(args: argparse.Namespace):
     Raises:
         ValueError: no such preset, a preset of another task, or a value that does not fit.
     """
+    from zoo.train.recipe import convert
     from zoo.train.recipes import FINE_TUNING, find_recipe, load_recipe
 
-    changes = {name.removeprefix("field_"): v for name, v in vars(args).items() if name.startswith("field_")}
-    name = args.recipe or FINE_TUNING[args.task or "classification"]
-    recipe = load_recipe(name) if name.endswith(".json") else find_recipe(name)()
-    if args.task and recipe.task != args.task:
-        raise ValueError(f"--recipe {name} is one of {recipe.task}, and --task is {args.task}: leave one of them out")
-    if name.endswith(".json"):
-        return recipe.replace(**changes)
-    recipe.replace(**changes)  # names a field that the task does not have
-    return find_recipe(name)(**changes)
+    given = {name.removeprefix("field_"): v for name, v in vars(args).items() if name.startswith("field_")}
+    task = _ALIASES.get(args.task, args.task)
+    name = args.recipe or FINE_TUNING[task or "classification"]
+    from_file = name.endswith(".json")
+    recipe = load_recipe(name) if from_file else find_recipe(name)()
+    if task and recipe.task != task:
+        raise ValueError(f"--recipe {name} is one of {recipe.task}, and --task is {task}: leave one of them out")
+    hints = typing.get_type_hints(type(recipe))
+    changes = {}
+    for field, text in given.items():
+        if field not in hints:
+            raise ValueError(f"a recipe of {recipe.task} has no field {field}: leave out --{field.replace('_', '-')}")
+        try:
+            changes[field] = convert(hints[field], text)
+        except ValueError as error:
+            raise ValueError(f"--{field.replace('_', '-')}: {error}") from error
+    # a preset is made with the changes, since values that fit together may not fit one by one
+    return recipe.replace(**changes) if from_file else find_recipe(name)(**changes)
 
 
 def run(args: argparse.Namespace) -> int:

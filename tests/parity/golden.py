@@ -93,9 +93,11 @@ class Case(dict):
 
 
 def _names(value: Any) -> list[str]:
+    """Names in a field that holds one, a list of them, or a list of (name, shape, dtype)."""
     if value is None:
         return []
-    return list(value) if isinstance(value, (list, tuple, dict)) else [value]
+    entries = list(value) if isinstance(value, (list, tuple, dict)) else [value]
+    return [entry[0] if isinstance(entry, (list, tuple)) else entry for entry in entries]
 
 
 def golden_cases(*families: str) -> list[Case]:

@@ -130,6 +130,19 @@ def test_an_unknown_preset_is_named(capsys):
     assert "no recipe is called 'no-such-preset'" in capsys.readouterr().err
 
 
+def test_a_flag_means_what_the_task_says(capsys):
+    assert main(["train", "--task", "sr", "--scale", "4", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out)["scale"] == 4
+    assert main(["train", "--scale", "0.5,1.0", "--show"]) == 0
+    assert json.loads(capsys.readouterr().out)["scale"] == [0.5, 1.0]
+    assert main(["train", "--task", "detection", "--mixup", "0.2", "--show"]) == 2
+    assert "a recipe of detection has no field mixup" in capsys.readouterr().err
+    assert main(["train", "--scale", "4", "--show"]) == 2
+    assert "--scale: expected 2 values" in capsys.readouterr().err
+    assert main(["train", "--task", "segmentation", "--recipe", "finetune"]) == 2
+    assert "is one of classification" in capsys.readouterr().err
+
+
 def test_a_recipe_of_json_says_its_task(tmp_path, capsys):
     assert main(["train", "--recipe", "linear-probe", "--epochs", "3", "--show"]) == 0
     shown = capsys.readouterr().out
