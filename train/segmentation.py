@@ -14,7 +14,8 @@ from zoo.heads.pem.criterion import PemCriterion, Segments
 from zoo.heads.pem.postprocess import Geometry, find_instances, panoptic_map, semantic_map
 from zoo.train.classification import NonFiniteLossError
 from zoo.train.data.segmentation import Kind
-from zoo.train.data.segmentation_transforms import PAD_VALUE
+from zoo.train.data.segmentation_transforms import PAD_VALUE, resize
+from zoo.train.data.sizes import short_side_size
 
 require("mmengine", extra="train")
 
@@ -173,8 +174,6 @@ class EvaluationImages:
         return {"classes": list(self.data.classes)}
 
     def __getitem__(self, index: int):
-        from zoo.train.data.segmentation_transforms import resize, short_side_size
-
         image = self.data.image(index)
         H, W = image.shape[:2]
         resized, _ = resize(image, np.zeros((0, H, W), np.int32), *short_side_size(H, W, self.short, self.long))

@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from zoo.extras import require
+from zoo.train.data.sizes import short_side_size
 
 PAD_VALUE = (124, 116, 104)  # ImageNet's mean colour: 0 once it is normalised
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
@@ -23,12 +24,6 @@ def _albumentations() -> ModuleType:
     # it would ask the network for newer versions when it is imported
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     return require("albumentations", extra="train")
-
-
-def short_side_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """The size whose shorter side is `short`, or whose longer one is `long` if it would exceed that."""
-    scale = min(short / min(height, width), long / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 class DetectionAugmentation:

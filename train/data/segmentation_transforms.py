@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from zoo.train.data.sizes import short_side_size
+
 PAD_VALUE = 128  # of the image, before it is normalised; labels are padded with 0, no segment
 
 
@@ -24,14 +26,6 @@ def resize(image: np.ndarray, layers: np.ndarray, height: int, width: int) -> tu
     rows = np.minimum(((np.arange(height) + 0.5) * (image.shape[0] / height)).astype(np.int64), image.shape[0] - 1)
     columns = np.minimum(((np.arange(width) + 0.5) * (image.shape[1] / width)).astype(np.int64), image.shape[1] - 1)
     return resized, layers[:, rows[:, None], columns]
-
-
-def short_side_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """The size whose shorter side is `short`, or whose longer one is `long` if it would exceed that."""
-    scale = short / min(height, width)
-    if max(height, width) * scale > long:
-        scale = long / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class SegmentationAugmentation:
