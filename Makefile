@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := train,export,dev
+EXTRAS := train,export,docs,dev
 
-.PHONY: demo demo-detection demo-segmentation test test-fast lint parity bench clean
+.PHONY: demo demo-detection demo-segmentation test test-fast lint parity docs clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
@@ -34,6 +34,10 @@ lint: $(VENV)/.ready
 
 parity: $(VENV)/.ready
 	$(BIN)/python -m tests.parity
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
