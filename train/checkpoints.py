@@ -117,10 +117,8 @@ class CheckpointHook(Hook):
         runner.save_checkpoint(
             str(self.folder),
             f"step_{step:08d}.pth",
-            save_param_scheduler=False,
             meta={"epoch": step // runner.train_loop.steps_per_epoch, "iter": step},
-            by_epoch=False,
-            backend_args={"backend": "zoo.atomic"},
+            backend="zoo.atomic",
         )
         if is_main_process():
             for old in saved_checkpoints(self.folder)[: -self.keep]:

@@ -20,6 +20,7 @@ from zoo.prepbn import PRepBN, PRepBNSchedule, recalibrating
 from zoo.schedules import learning_rate
 from zoo.train.loading import derive_seed, seed_everything
 from zoo.train.recipe import DenseRecipe
+from zoo.train.sharding import is_sharded, whole
 
 require("mmengine", extra="train")
 
@@ -29,7 +30,7 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel, is_model_wrapper  # noqa: E402
 from mmengine.optim import OptimWrapper  # noqa: E402
-from mmengine.runner import EpochBasedTrainLoop, Runner  # noqa: E402
+from mmengine.runner import EpochBasedTrainLoop, Runner, save_checkpoint  # noqa: E402
 
 
 class ExactTrainLoop(EpochBasedTrainLoop):
@@ -288,7 +289,10 @@ class PRepBNHook(Hook):
 
 
 class BestWeightsHook(Hook):
-    """Keeps the weights of the best evaluation. Runs before the EMA hook swaps the trained weights back."""
+    """Keeps the weights of the best evaluation. Runs before the EMA hook swaps the trained weights back.
+
+    `save` is called on every process: what is sharded must be gathered.
+    """
 
     priority = "HIGH"
 
@@ -302,9 +306,8 @@ class BestWeightsHook(Hook):
         score = metrics[self.metric]
         best = runner.message_hub.runtime_info.get("best_score")
         if best is None or (score < best if self.lower_is_better else score > best):
-            if is_main_process():
-                scores = {k: round(float(v), 4) for k, v in metrics.items()}
-                self.save(unwrapped(runner.model).model, scores, runner.epoch)
+            scores = {k: round(float(v), 4) for k, v in metrics.items()}
+            self.save(unwrapped(runner.model).model, scores, runner.epoch)
             runner.message_hub.update_info("best_score", float(score))
             runner.message_hub.update_info("best_epoch", runner.epoch)
 
@@ -401,9 +404,39 @@ class QuietRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """DDP where there are several processes; mmengine itself names a GPU to it even on a CPU."""
+        if is_sharded(model):
+            return model.to(get_device())
         if self.distributed and get_device() == "cpu":
             return MMDistributedDataParallel(module=model, broadcast_buffers=False)
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def _init_model_weights(self) -> None:
+        """mmengine would send whole parameters to all processes here; a sharded model has none, and needs none."""
+        if not is_sharded(self.model):
+            super()._init_model_weights()
+
+    def save_checkpoint(self, out_dir: str, filename: str, *, meta: dict, backend: str) -> None:
+        """Write a checkpoint; the main process does, while every one hands over its shards.
+
+        Args:
+            out_dir: folder.
+            filename: name in it.
+            meta: `epoch` and `iter` of the state.
+            backend: mmengine's file backend.
+        """
+        sharded = is_sharded(self.model)
+        if not (sharded or is_main_process()):
+            return
+        checkpoint = {
+            "meta": {**meta, "seed": self.seed, "dataset_meta": self.train_dataloader.dataset.metainfo},
+            "state_dict": dict(unwrapped(self.model).state_dict()),
+            "message_hub": self.message_hub.state_dict(),
+            "optimizer": self.optim_wrapper.state_dict(),
+        }
+        self.call_hook("before_save_checkpoint", checkpoint=checkpoint)
+        checkpoint = whole(checkpoint)
+        if is_main_process():
+            save_checkpoint(checkpoint, str(Path(out_dir) / filename), backend_args={"backend": backend})
 
     def dump_config(self) -> None:
         """Nothing: the recipe is the configuration, and it is saved already."""

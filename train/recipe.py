@@ -77,6 +77,9 @@ class Recipe:
     device: str | None = option(None, "cpu, cuda, mps; the best one found by default")
     channels_last: bool = option(False, "NHWC memory format")
     compile: bool = option(False, "torch.compile the model")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "several processes: a whole model on each, or weights, gradients and optimiser states split over them"
+    )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     deterministic: bool = option(False, "CUDA: deterministic algorithms only (slower); a CPU always is")
     seed: int = option(42, "seed of everything random; same seed, same machine, same weights")

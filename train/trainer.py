@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,13 @@ from typing import Any
 import torch
 
 from zoo.extras import require
-from zoo.train.checkpoints import CheckpointHook, DiskFullError, PlainHistoryHook, newest_readable_checkpoint
+from zoo.train.checkpoints import (
+    CheckpointHook,
+    DiskFullError,
+    PlainHistoryHook,
+    newest_readable_checkpoint,
+    saved_checkpoints,
+)
 from zoo.train.classification import NonFiniteLossError
 from zoo.train.engine import (
     BestWeightsHook,
@@ -29,16 +34,18 @@ from zoo.train.engine import (
     unwrapped,
 )
 from zoo.train.loading import EpochSampler, seed_everything
+from zoo.train.processes import StoppedError, clear_ends, start_processes, was_restarted
 from zoo.train.recipe import Recipe
-from zoo.train.tasks.base import find_task
+from zoo.train.sharding import GatheredValLoop, SplitCheckpointHook, is_sharded, shard, whole
+from zoo.train.tasks.base import Task, find_task
 
 require("mmengine", extra="train")
 
-from mmengine.dist import barrier, get_dist_info, init_dist, is_distributed, is_main_process  # noqa: E402
+from mmengine.dist import barrier, get_dist_info, is_distributed, is_main_process  # noqa: E402
 from mmengine.runner import Runner, ValLoop  # noqa: E402
 
 # Fields that a resumed run may change: they do not change which weights come out.
-_FREE_FIELDS = {"out", "workers", "device", "keep_checkpoints", "checkpoint_interval", "val_interval"}
+_FREE_FIELDS = {"out", "workers", "device", "keep_checkpoints", "checkpoint_interval", "val_interval", "parallel"}
 
 
 class TrainingError(RuntimeError):
@@ -71,17 +78,20 @@ def train(
 
     Args:
         recipe: every setting.
-        resume: continue the run in `recipe.out` where its newest checkpoint stands.
+        resume: continue the run in `recipe.out` where its newest checkpoint stands. A job that its launcher
+            restarted (torchrun's --max-restarts, Slurm's requeue) always does.
         say: takes the lines that a user reads.
         quiet: no progress bar and no line an epoch.
 
     Raises:
         ValueError: a setting does not fit (named).
-        TrainingError: the loss became NaN, or there is no room for a checkpoint; earlier weights are intact.
+        TrainingError: the loss became NaN, there is no room for a checkpoint, another process died, or the run was
+            told to stop (SIGTERM); earlier checkpoints are intact.
         ImageError: an image could not be read; it is named.
     """
     folder = Path(recipe.out)
-    _start_processes()
+    start_processes()
+    resume = resume or was_restarted()
     if not is_main_process():
         say, quiet = (lambda line: None), True
     _check_folder(folder, recipe, resume, say)
@@ -109,6 +119,9 @@ def train(
     objective = task.build(say)
     if recipe.channels_last:
         objective.model.to(memory_format=torch.channels_last)
+    sharded = recipe.parallel == "fsdp" and world > 1
+    if sharded:
+        shard(objective.model, device)
     optimizer = task.optimizer(objective.model)
 
     hooks = [
@@ -117,8 +130,8 @@ def train(
         ProgressHook(folder, forward_size * world, task.metric, quiet),
         BestWeightsHook(
             task.metric,
-            lambda model, scores, epoch: task.save_weights(
-                model, folder / "best.safetensors", scores=scores, epoch=epoch
+            lambda model, scores, epoch: _save_weights(
+                task, model, folder / "best.safetensors", scores=scores, epoch=epoch
             ),
             lower_is_better=task.lower_is_better,
         ),
@@ -135,6 +148,8 @@ def train(
 
         # buffers are averaged too: batch norm's statistics must belong to the averaged weights
         hooks.append(EMAHook(WarmEma, momentum=1 - recipe.ema_decay, interval=recipe.accumulate, update_buffers=True))
+    if sharded:
+        hooks.append(SplitCheckpointHook())
     hooks += task.hooks()
     if recipe.compile:
         objective.model.compile()  # in place: state dict and attributes stay as they are
@@ -151,7 +166,7 @@ def train(
                 val_interval=recipe.val_interval,
                 **task.loop_options(),
             ),
-            val_cfg=dict(type=ValLoop),
+            val_cfg=dict(type=GatheredValLoop if sharded else ValLoop),
             val_evaluator=[task.build_metric()],
             optim_wrapper=build_optim_wrapper(recipe, optimizer, device),
             default_hooks=dict(logger=None, checkpoint=None, param_scheduler=None, sampler_seed=None, timer=None),
@@ -168,15 +183,18 @@ def train(
         if is_main_process():
             (folder / "recipe.json").write_text(recipe.to_json())
         try:
-            runner.train()
+            with clear_ends():
+                runner.train()
+        except StoppedError as error:
+            raise TrainingError(f"{error}: {_what_is_kept(folder)}") from error
         except NonFiniteLossError as error:
             raise TrainingError(_explain_nan(error, runner, recipe, folder)) from error
         except DiskFullError as error:
             raise TrainingError(str(error)) from error
 
     result = None
+    _save_weights(task, unwrapped(runner.model).model, folder / "last.safetensors", epoch=recipe.total_epochs)
     if is_main_process():
-        task.save_weights(unwrapped(runner.model).model, folder / "last.safetensors", epoch=recipe.total_epochs)
         best_epoch = runner.message_hub.runtime_info.get("best_epoch", recipe.total_epochs)
         weights = folder / "best.safetensors"
         evaluation, table = task.report(
@@ -191,16 +209,11 @@ def train(
     return result
 
 
-def _start_processes() -> None:
-    """Join the other processes where torchrun or Slurm started several."""
-    if is_distributed():
-        return
-    by_torchrun = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
-    by_slurm = int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-    if torch.cuda.is_available() and (by_torchrun or by_slurm):
-        init_dist("pytorch" if by_torchrun else "slurm", backend="nccl")
-    elif by_torchrun:
-        torch.distributed.init_process_group("gloo")  # mmengine's own start needs a GPU
+def _save_weights(task: Task, model: torch.nn.Module, path: Path, **metadata: Any) -> None:
+    """Write a weight file on the main process; every process calls it, since a sharded model is gathered."""
+    state = whole(model.state_dict()) if is_sharded(model) else None
+    if is_main_process():
+        task.save_weights(model, path, state_dict=state, **metadata)
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, say: Callable[[str], None]) -> None:
@@ -225,6 +238,14 @@ def _checkpoint_to_resume(folder: Path, resume: bool, say: Callable[[str], None]
     if path is not None:
         say(f"resuming from {path}")
     return path
+
+
+def _what_is_kept(folder: Path) -> str:
+    saved = saved_checkpoints(folder / "checkpoints")
+    if not saved:
+        return "no checkpoint was written yet, start the same command again"
+    step = int(saved[-1].stem.removeprefix("step_"))
+    return f"the state after step {step} is in {saved[-1]}, continue with --resume"
 
 
 class _mmengine_device:  # noqa: N801 - reads as a statement

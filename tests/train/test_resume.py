@@ -114,19 +114,6 @@ def test_same_seed_gives_same_weights_whatever_the_number_of_workers(recipe, tmp
     assert_identical(*results)
 
 
-@pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(recipe, tmp_path):
-    train(recipe.replace(out=str(tmp_path / "one")), quiet=True)
-    two = recipe.replace(out=str(tmp_path / "two"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zoo.tools.main"]
-    command = [sys.executable, *launch, *command_line(two, tmp_path / "two.json"), "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr[-2000:]
-    one, both = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for name, value in one.items():  # sums in another order: equal up to rounding
-        torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-5)
-
-
 def test_an_evaluation_that_the_kill_prevented_is_made_up_for(recipe, tmp_path):
     train(recipe, quiet=True)
     folder = Path(recipe.out)
