@@ -12,14 +12,11 @@ A family joins by decorating its translation:
 from __future__ import annotations
 
 import fnmatch
-import pickle
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -34,14 +31,17 @@ StateDict = dict[str, Tensor]
 _EMA_KEYS = ("state_dict_ema", "model_ema", "params_ema", "ema")
 _WEIGHT_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "params", "net")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-# Configuration objects that some released files carry, read as the plain mappings that they are: the stand-in
-# takes the place of the named class, whose own code is neither imported nor run.
-_STAND_INS = [(OrderedDict, "yacs.config.CfgNode")]
 _LISTED = 12  # names shown of each kind in an error; the report object holds all of them
 
 
 class CheckpointError(ValueError):
     """A file that cannot be used: unreadable, or of another model. The message says which and what to do."""
+
+
+class Checkpoint(dict):
+    """The content of a file; `replaced` names the classes of objects in it that were read as plain data."""
+
+    replaced: tuple[str, ...] = ()
 
 
 class Conversion(NamedTuple):
@@ -129,15 +129,19 @@ def _listing(title: str, names: list[str]) -> str:
     return f"{title} ({len(names)}): {shown}{rest}"
 
 
-def read_checkpoint(path: str | PathLike) -> dict:
+def read_checkpoint(path: str | PathLike) -> Checkpoint:
     """The content of a checkpoint file, read without executing anything that it contains.
 
+    Objects of a training script's own classes beside the weights (configurations, schedules, ...) are read as inert
+    data, see `zoo.unpickling`; their classes are in the result's `replaced`.
+
     Args:
-        path: `.safetensors`, or any file that `torch.save` wrote (`.pth`, `.pt`, `.bin`, `.pth.tar`, ...).
+        path: `.safetensors`, or any file that `torch.save` wrote (`.pth`, `.pt`, `.bin`, `.pth.tar`, ...), or a pickle
+            of numpy arrays (`.pkl`).
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is empty, truncated, a web page, not a checkpoint, or needs code to be run.
+        CheckpointError: the file is empty, truncated, a web page, not a checkpoint, or a whole pickled model.
     """
     path = Path(path)
     if path.is_dir():
@@ -154,44 +158,40 @@ def read_checkpoint(path: str | PathLike) -> dict:
         )
     if path.suffix == ".safetensors":
         try:
-            return load_safetensors(path)
+            return Checkpoint(load_safetensors(path))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is not a readable safetensors file (truncated?): {error}; download it again"
             ) from error
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "nsupported global" in str(error) or "not an allowed global" in str(error) or "GLOBAL" in str(error):
-            raise CheckpointError(
-                f"{path} holds pickled objects besides tensors ({_first_sentence(error)}), and loading those "
-                "would run code from the file; save its state dict alone and load that"
-            ) from error
-        raise CheckpointError(f"{path} is not a checkpoint: {_first_sentence(error)}") from error
-    except (
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-        OSError,
-        AttributeError,
-    ) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint: {_first_sentence(error)}; download it again"
-        ) from error
+        content, replaced = torch.load(path, map_location="cpu", weights_only=True), ()
+    except Exception:  # of many kinds, whether the file is damaged or holds objects
+        content, replaced = _read_as_data(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
-    return dict(content)
+    checkpoint = Checkpoint(content)
+    checkpoint.replaced = replaced
+    return checkpoint
 
 
-def _first_sentence(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    for line in text.splitlines():
-        if "GLOBAL" in line or "nsupported" in line:
-            return line.strip()[:200]
-    return text.splitlines()[0].strip()[:200]
+def _read_as_data(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """A file with pickled objects, as plain data."""
+    from zoo import unpickling
+
+    try:
+        content, replaced = unpickling.read(path)
+    except unpickling.UnpicklingRefused as error:
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {error}; nothing in it was run") from error
+    models = list(unpickling.named_modules(content))
+    if models:
+        raise CheckpointError(
+            f"{path} holds a whole pickled model ({models[0]}) instead of its weights, and using it would run code "
+            "from the file: save its state_dict() where that code is at hand, and load that"
+        )
+    if not isinstance(content, Mapping):
+        what = replaced[0] if replaced else type(content).__name__
+        raise CheckpointError(f"{path} holds a {what}, expected a dict of tensors; nothing in it was run")
+    return content, replaced
 
 
 def unwrap_state_dict(content: Mapping, *, prefer_ema: bool = True) -> StateDict:
@@ -205,12 +205,14 @@ def unwrap_state_dict(content: Mapping, *, prefer_ema: bool = True) -> StateDict
         CheckpointError: there are no tensors in `content`.
     """
     keys = (_EMA_KEYS if prefer_ema else ()) + _WEIGHT_KEYS + (() if prefer_ema else _EMA_KEYS)
+    outer: list[Mapping] = []
     while not any(isinstance(value, Tensor) and value.ndim for value in content.values()):
         inner = next((content[key] for key in keys if isinstance(content.get(key), Mapping) and content[key]), None)
-        if inner is None:
+        if inner is None or any(inner is mapping for mapping in outer):
             raise CheckpointError(
                 f"no tensors in this checkpoint; its entries are: {', '.join(map(str, content)) or 'none'}"
             )
+        outer.append(content)
         content = inner
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if "steps" in state and any(name.startswith("module.") for name in state):
@@ -289,6 +291,10 @@ def load_checkpoint(
             conversion = conversion._replace(notes=(note, *conversion.notes))
     state = dict(conversion.state_dict)
     report = LoadReport(conversion.layout, notes=list(conversion.notes))
+    replaced = getattr(content, "replaced", ())
+    if replaced:
+        more = f" and {len(replaced) - 3} more" if len(replaced) > 3 else ""
+        report.notes.append(f"read as plain data, without their code: {', '.join(replaced[:3])}{more}")
 
     classifier = classifier_names(model)
     if head == "file":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.heads.craft.backbone import CraftOnBackbone
 from zoo.heads.craft.model import Craft, read_options
@@ -40,6 +40,7 @@ def create_upscaler(
 
     Raises:
         ValueError: an unknown name, or options that do not fit.
+        RuntimeError: `pretrained`, and these weights cannot be downloaded; says where they are.
         CheckpointError: the checkpoint is not of this model.
     """
     if name != "craft":
@@ -55,7 +56,9 @@ def create_upscaler(
         options = read | options
         scale = options.pop("scale")
     elif pretrained:
-        state = _released(f"craft_x{scale or 4}")
+        from zoo.manifest import pretrained_state_dict
+
+        state = pretrained_state_dict(f"craft_x{scale or 4}", {})
     scale = 4 if scale is None else scale
     arguments = dict(scale=scale, **options)
     if backbone is None:
@@ -70,17 +73,3 @@ def create_upscaler(
 
         load_checkpoint(model, state)
     return model.eval()
-
-
-def _released(model: str) -> dict[str, Tensor]:
-    from zoo.manifest import find_weights, local_file_names, pretrained_state_dict
-
-    try:
-        return pretrained_state_dict(model, {})
-    except RuntimeError as error:
-        reason = str(error).split(":")[0]
-        file = local_file_names(model, find_weights(model))[0]
-        raise RuntimeError(
-            f"{reason}: pass a file as checkpoint= (`zoo predict --checkpoint`), or put it as {file} into a folder and "
-            "set ZOO_WEIGHTS to that"
-        ) from error

@@ -144,18 +144,19 @@ def test_other_checkpoints_have_no_size():
         model_arguments({"patch_embed.proj.weight": torch.zeros(2, 3, 4, 4)})
 
 
-def test_a_checkpoint_with_pickled_configuration_is_refused(tmp_path):
+def test_a_checkpoint_with_pickled_configuration_gives_its_model(tmp_path):
     class Configuration:  # stands for the OmegaConf object of official files
         pass
 
     Configuration.__qualname__ = "Configuration"
     globals()["Configuration"] = Configuration
+    model = tiny()
     try:
-        torch.save({"config": Configuration(), "model": {}}, tmp_path / "SpaRTAN_latest.pth")
-        with pytest.raises(zoo.CheckpointError, match="run code from the file"):
-            spartan_from_checkpoint(tmp_path / "SpaRTAN_latest.pth")
+        torch.save({"config": Configuration(), "model": official_state(model)}, tmp_path / "SpaRTAN_latest.pth")
     finally:
         del globals()["Configuration"]
+    again = spartan_from_checkpoint(tmp_path / "SpaRTAN_latest.pth", dtype=torch.float64)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("size", [(64, 64), (29, 45), (100, 77)])
