@@ -262,6 +262,7 @@ def _receive(job: _Job, file: IO[bytes], response: Any, have: int) -> None:
             if not chunk:
                 break
             if have == 0 and _PAGE.match(chunk):
+                _restart(job, file)
                 raise DownloadError(f"{job.url} answered with a web page instead of the file: {job.advice()}")
             file.write(chunk)
             have += len(chunk)
