@@ -248,7 +248,7 @@ def relative_bias(table: Tensor) -> Tensor:
     rows = (r.unsqueeze(1) - r + (h - 1)) * (2 * w - 1)
     columns = c.unsqueeze(1) - c + (w - 1)
     index = rows.reshape(h, 1, h, 1) + columns.reshape(1, w, 1, w)
-    return table.flatten(1).index_select(1, index.flatten()).reshape(-1, h * w, h * w)
+    return table.flatten(1).index_select(1, index.flatten()).reshape(table.shape[0], h * w, h * w)
 
 
 def mirror_offsets(table: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ __version__ = "0.1.0"
 # name -> module that defines it; resolved on first access, so that `import zoo` stays as light as timm
 _LAZY = {
     "create_detector": "zoo.heads.detection",
+    "export_onnx": "zoo.exporting",
+    "export_program": "zoo.exporting",
     "create_upscaler": "zoo.heads.craft",
     "list_heads": "zoo.heads",
     "predict": "zoo.prediction",
@@ -41,6 +43,8 @@ _LAZY = {
     "read_image": "zoo.images",
     "ImageError": "zoo.images",
     "create_segmenter": "zoo.heads.segmentation",
+    "load_model": "zoo.saving",
+    "save_model": "zoo.saving",
 }
 _SUBPACKAGES = ("heads", "kernels", "tools", "train")
 
@@ -56,15 +60,19 @@ __all__ = [
     "create_detector",
     "create_segmenter",
     "create_upscaler",
+    "export_onnx",
+    "export_program",
     "fcaformer",
     "fold",
     "list_heads",
     "list_models",
     "load_checkpoint",
+    "load_model",
     "metaformer",
     "ninformer",
     "predict",
     "read_image",
+    "save_model",
     "slab",
     "spartan",
     "stdc",

@@ -50,6 +50,7 @@ class EvalTransform:
     ) -> None:
         self.input_size = check_input_size(input_size)
         self.interpolation = check_interpolation(interpolation)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.crop_pct = crop_pct
         self.crop_mode = check_choice("crop_mode", crop_mode, ("center", "squash", "border"))
         if not 0 < crop_pct <= 2:

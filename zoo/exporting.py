@@ -1,0 +1,496 @@
+"""Classifiers as ONNX files and as `torch.export` programs, checked against the model before they get their name.
+
+    zoo.export_onnx(model, "model.onnx")
+    zoo.export_program(model, "model.pt2")
+
+Batch, height and width are free. A model that takes any size has a graph that takes any size and gives what the model
+gives; one that takes multiples of a patch has a graph that first stretches the image to the next multiple, and one
+that takes a single size (its weights mix the positions of one grid) stretches every image to that. Which of these it
+is stands in the file: `size_rule`. The file carries a JSON text under the name "zoo", see `describe`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.exportable import exportable
+from zoo.extras import require
+from zoo.folding import fold
+from zoo.images import ImageSource, read_image
+from zoo.prediction import resolve_class_names
+from zoo.preprocess import EvalTransform, eval_transform_for
+
+Precision = Literal["float32", "fp16", "int8"]
+METADATA_KEY = "zoo"
+PROGRAM_FILE = "zoo.json"  # the metadata's name inside a .pt2 file
+_LARGEST = 1_950_000_000  # bytes: a protocol buffer ends at 2 GiB
+
+
+class ExportError(RuntimeError):
+    """A model that could not be exported, or whose file does not give the model's results."""
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """Which images a graph takes.
+
+    Attributes:
+        kind: "any" (as they are), "multiple" (stretched to the next multiple of `multiple` in the graph), "resized"
+            (stretched to `size` in the graph), "static" (this `size` and no other).
+        size: height and width that the model is built for.
+        multiple: see `kind`.
+    """
+
+    kind: Literal["any", "multiple", "resized", "static"]
+    size: tuple[int, int]
+    multiple: int = 1
+
+    def __str__(self) -> str:
+        side = f"{self.size[0]}x{self.size[1]}"
+        return {
+            "any": "any size",
+            "multiple": f"any size, stretched to the next multiple of {self.multiple} in the graph",
+            "resized": f"any size, stretched to {side} in the graph",
+            "static": f"{side} only",
+        }[self.kind]
+
+
+@dataclass
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        rule: which images it takes.
+        difference: largest difference from the model in the check, in units of the outputs' standard deviation; None
+            if nothing was checked.
+        mean_difference: likewise, the mean.
+        agreement: share of the checked images with the same best class.
+        checked: (batch, height, width) of the check.
+        metadata: what the file carries.
+    """
+
+    path: Path
+    bytes: int
+    rule: SizeRule
+    difference: float | None = None
+    mean_difference: float | None = None
+    agreement: float | None = None
+    checked: list[tuple[int, int, int]] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.rule}"
+        if self.difference is None:
+            return f"{text}; not checked"
+        sizes = ", ".join(f"{b}x{h}x{w}" for b, h, w in self.checked)
+        return (
+            f"{text}; against the model at {sizes}: largest difference {self.difference:.1e} of the std, mean "
+            f"{self.mean_difference:.1e}, same best class for {self.agreement:.0%}"
+        )
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | PathLike,
+    *,
+    precision: Precision = "float32",
+    img_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    dynamic_size: bool = True,
+    folded: bool = True,
+    opset: int = 20,
+    tolerance: float = 1e-4,
+    check: bool = True,
+    images: Sequence[ImageSource] = (),
+    class_names: Sequence[str] | None = None,
+    **metadata: Any,
+) -> ExportReport:
+    """Write a classifier as ONNX: normalised images (B, C, H, W) -> logits (B, classes).
+
+    Args:
+        model: any classifier of zoo or timm; it is left as it is.
+        path: file to write; it appears when it is complete and checked.
+        precision: "fp16" has weights and arithmetic in half precision (inputs and outputs stay float32), "int8" has
+            matrix products with 8-bit weights and activations that are quantised on the fly; for both the difference
+            is measured and not judged.
+        img_size: the images' nominal size; the model's own by default.
+        batch_size: a fixed one; free by default.
+        dynamic_size: off: images of `img_size` only.
+        folded: export the inference form.
+        opset: of ONNX, 18 or newer.
+        tolerance: largest difference that the check accepts, in units of the outputs' standard deviation.
+        check: run the file in ONNX Runtime on the CPU at traced and other sizes and compare.
+        images: pictures that take part in the check; made-up ones are used besides.
+        class_names: names of the outputs; those of the model by default.
+        metadata: more entries of JSON type for the file.
+
+    Raises:
+        ValueError: an argument is out of range, or the model is no classifier.
+        ExportError: the exporter failed, or the file's results differ; no file is left.
+        ImportError: the packages of the extra `export` are missing.
+    """
+    onnx = require("onnx", extra="export")
+    require("onnxscript", extra="export")
+    require("onnxruntime", extra="export")
+    if precision not in ("float32", "fp16", "int8"):
+        raise ValueError(f"precision is {precision!r}: pass 'float32', 'fp16' or 'int8'")
+    if opset < 18:
+        raise ValueError(f"opset is {opset}: pass 18 or newer")
+    path = Path(path)
+    network, rule, transform = prepare(model, img_size, dynamic_size, folded)
+    program = _trace(network, rule, batch_size, onnx=True)
+    with _quiet():
+        try:
+            built = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=True,
+                external_data=False,
+                input_names=["images"],
+                output_names=["logits"],
+            )
+        except Exception as error:  # the exporter has many types of its own
+            raise ExportError(f"{_name(model)} has no ONNX form here: {_first_line(error)}") from error
+    described = describe(model, transform, rule, class_names, opset=opset, precision=precision, **metadata)
+    with _beside(path) as temporary:
+        if sum(p.numel() * 4 for p in network.parameters()) > _LARGEST:
+            raise ExportError(f"{_name(model)} has more than 2 GB of weights, which one ONNX file cannot hold")
+        built.save(str(temporary), external_data=False)
+        if precision != "float32":
+            _convert(temporary, precision)
+        report = ExportReport(path, 0, rule, metadata=described)
+        if check:
+            from zoo.onnx_model import open_session
+
+            session = open_session(temporary)
+            _compare(report, network, lambda x: _run(session, x), batch_size, transform, images)
+            _judge(report, tolerance if precision == "float32" else math.inf)
+            described["difference"] = report.difference
+        proto = onnx.load(str(temporary))
+        del proto.metadata_props[:]
+        onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(described)})
+        onnx.save(proto, str(temporary))
+        report.bytes = temporary.stat().st_size
+    return report
+
+
+def export_program(
+    model: nn.Module,
+    path: str | PathLike,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    dynamic_size: bool = True,
+    folded: bool = True,
+    tolerance: float = 1e-4,
+    check: bool = True,
+    images: Sequence[ImageSource] = (),
+    class_names: Sequence[str] | None = None,
+    **metadata: Any,
+) -> ExportReport:
+    """Write a classifier as a `torch.export` program (.pt2): `torch.export.load(path).module()(images)`.
+
+    Files of ViM2 hold zoo's scan operators: `import zoo` before loading one.
+
+    Args and raises: those of `export_onnx`.
+    """
+    path = Path(path)
+    network, rule, transform = prepare(model, img_size, dynamic_size, folded)
+    program = _trace(network, rule, batch_size, onnx=False)
+    described = describe(model, transform, rule, class_names, precision="float32", **metadata)
+    with _beside(path) as temporary:
+        report = ExportReport(path, 0, rule, metadata=described)
+        if check:
+            _compare(report, network, program.module(), batch_size, transform, images)
+            _judge(report, tolerance)
+            described["difference"] = report.difference
+        torch.export.save(program, temporary, extra_files={PROGRAM_FILE: json.dumps(described)})
+        report.bytes = temporary.stat().st_size
+    return report
+
+
+def describe(
+    model: nn.Module, transform: EvalTransform, rule: SizeRule, class_names: Sequence[str] | None, **more: Any
+) -> dict[str, Any]:
+    """What a file says about itself: task, model, class names, preprocessing, sizes, versions."""
+    import timm
+
+    import zoo
+
+    recorded = getattr(model, "zoo_metadata", None) or {}
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return {
+        "task": "classification",
+        "model": cfg.get("architecture") or type(model).__name__,
+        "multilabel": bool(recorded.get("multilabel")),
+        "class_names": list(resolve_class_names(model, model.num_classes, class_names)),
+        "preprocessing": {
+            "input_size": list(transform.input_size),
+            "mean": list(transform.mean),
+            "std": list(transform.std),
+            "interpolation": transform.interpolation,
+            "crop_pct": transform.crop_pct,
+            "crop_mode": transform.crop_mode,
+        },
+        "size_rule": asdict(rule) | {"text": str(rule)},
+        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        **more,
+    }
+
+
+# What is exported
+
+
+class ExportedClassifier(nn.Module):
+    """A classifier behind the resizing that its rule asks for."""
+
+    def __init__(self, model: nn.Module, rule: SizeRule):
+        super().__init__()
+        self.model = model
+        self.rule = rule
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> logits (B, classes)."""
+        if self.rule.kind == "multiple":
+            m = self.rule.multiple
+            sides = [m * ((side + m - 1) // m) for side in images.shape[2:]]
+            images = F.interpolate(images, size=sides, mode="bilinear", align_corners=False)
+        elif self.rule.kind == "resized":
+            images = F.interpolate(
+                images, size=list(self.rule.size), mode="bilinear", align_corners=False, antialias=True
+            )
+        return self.model(images)
+
+
+def prepare(
+    model: nn.Module, img_size: int | tuple[int, int] | None, dynamic_size: bool, folded: bool
+) -> tuple[ExportedClassifier, SizeRule, EvalTransform]:
+    """A copy of the model as it will be traced, which images it takes, and how they are made.
+
+    Raises:
+        ValueError: no classifier, or a size that the model does not take.
+    """
+    if not getattr(model, "num_classes", 0):
+        raise ValueError(f"{_name(model)} has no classifier: build it with num_classes")
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+    transform = eval_transform_for(model)
+    if img_size is not None:
+        transform = EvalTransform(
+            (transform.input_size[0], *size),
+            mean=transform.mean,
+            std=transform.std,
+            interpolation=transform.interpolation,
+            crop_pct=transform.crop_pct,
+            crop_mode=transform.crop_mode,
+        )
+    if folded:
+        model = fold(model, inplace=True)
+    channels, *size = transform.input_size
+    if dynamic_size:
+        _free_size(model)
+        rule = find_size_rule(model, channels, tuple(size))
+    else:
+        rule = SizeRule("static", tuple(size))
+    return ExportedClassifier(model, rule), rule, transform
+
+
+def find_size_rule(model: nn.Module, channels: int, size: tuple[int, int]) -> SizeRule:
+    """Try images of other sizes."""
+    height, width = size
+
+    def takes(h: int, w: int) -> bool:
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, channels, h, w))
+        except Exception:  # models refuse in many ways
+            return False
+        return True
+
+    if not takes(height, width):
+        raise ValueError(f"{_name(model)} does not take images of {height}x{width} px: pass another img_size")
+    if takes(height + 5, width + 3) and takes(height + 2, max(9, width * 3 // 4 + 1)):
+        return SizeRule("any", size)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    for multiple in dict.fromkeys([*([max(patch)] if isinstance(patch, tuple) else []), 4, 8, 14, 16, 28, 32, 64]):
+        rows, columns = (-(-side // multiple) * multiple for side in size)
+        if takes(rows + multiple, columns) and takes(rows, columns + 2 * multiple):
+            return SizeRule("multiple", size, multiple)
+    return SizeRule("resized", size)
+
+
+def _free_size(model: nn.Module) -> None:
+    """Let a model that was built for one size take others where it can adapt in each call."""
+    from zoo.crate import Crate
+
+    if isinstance(model, Crate) and model.pos_mode != "prefix":
+        model.dynamic_img_size = True
+        model.patch_embed.strict_img_size = False
+
+
+def _trace(network: ExportedClassifier, rule: SizeRule, batch_size: int | None, *, onnx: bool):
+    """The program, traced at a size that is special to no part of the model."""
+    height, width = rule.size
+    if rule.kind != "static":
+        # larger than the nominal size and no multiple of anything: every table is resampled, every map padded
+        height, width = 2 * height + 27, width * 3 // 2 + 11
+    channels = getattr(network.model, "in_chans", 3)
+    images = torch.zeros(batch_size or 3, channels, height, width)
+    free: dict[int, Any] = {} if batch_size else {0: torch.export.Dim.DYNAMIC}
+    if rule.kind != "static":
+        free |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with exportable(onnx), torch.no_grad(), _quiet():
+        try:
+            return torch.export.export(network, (images,), dynamic_shapes=(free,), strict=False)
+        except Exception as error:  # the exporter has many types of its own
+            raise ExportError(
+                f"{_name(network.model)} cannot be traced ({rule}): {_first_line(error)}; "
+                "--static-size (dynamic_size=False) asks for less"
+            ) from error
+
+
+# Precision
+
+
+def _convert(path: Path, precision: Precision) -> None:
+    onnx = require("onnx", extra="export")
+    if precision == "fp16":
+        float16 = require("onnxruntime.transformers.float16", extra="export")
+        half = float16.convert_float_to_float16(onnx.load(str(path)), keep_io_types=True)
+        onnx.save(half, str(path))
+        return
+    quantization = require("onnxruntime.quantization", extra="export")
+    with _quiet():
+        quantization.quantize_dynamic(
+            str(path),
+            str(path),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+        )
+
+
+# The check
+
+
+def _compare(
+    report: ExportReport,
+    network: ExportedClassifier,
+    run: Callable[[Tensor], Tensor],
+    batch_size: int | None,
+    transform: EvalTransform,
+    images: Sequence[ImageSource],
+) -> None:
+    """Fill in the differences."""
+    differences, means, same, count = [], [], 0, 0
+    for batch in _samples(report.rule, batch_size, transform, images):
+        with torch.no_grad():
+            expected, given = network(batch), run(batch)
+        if given.shape != expected.shape:
+            raise ExportError(f"{report.path} gives {tuple(given.shape)} where the model gives {tuple(expected.shape)}")
+        scale = max(float(expected.std()), 1e-6 * float(expected.abs().max()), 1e-12) if expected.numel() > 1 else 1.0
+        error = (given - expected).abs() / scale
+        differences.append(float(error.max()) if error.isfinite().all() else math.inf)
+        means.append(float(error.mean()))
+        same += int((given.argmax(1) == expected.argmax(1)).sum())
+        count += len(batch)
+        report.checked.append((len(batch), *batch.shape[2:]))
+    report.difference, report.mean_difference = max(differences), sum(means) / len(means)
+    report.agreement = same / count
+
+
+def _samples(
+    rule: SizeRule, batch_size: int | None, transform: EvalTransform, images: Sequence[ImageSource]
+) -> Iterator[Tensor]:
+    """Batches of the nominal size and others: noise, smooth pictures and the given ones."""
+    channels, height, width = transform.input_size
+    sizes = [(height, width)]
+    if rule.kind != "static":
+        sizes += [(height + 32, max(8, width * 3 // 4)), (height * 5 // 4 + 5, width + 3), (height // 2 + 16, width)]
+    generator = torch.Generator().manual_seed(0)
+    for number, (h, w) in enumerate(sizes):
+        count = batch_size or (1, 2, 3, 2)[number]
+        noise = torch.randn(count, channels, h, w, generator=generator)
+        smooth = F.interpolate(torch.randn(count, channels, 5, 7, generator=generator), size=(h, w), mode="bicubic")
+        yield noise if number % 2 else smooth
+    if images:
+        pictures = torch.stack([transform(read_image(image)) for image in images])
+        if batch_size:
+            pictures = pictures.repeat(-(-batch_size // len(pictures)), 1, 1, 1)[:batch_size]
+        yield pictures
+
+
+def _run(session, batch: Tensor) -> Tensor:
+    (logits,) = session.run(None, {"images": batch.numpy()})
+    return torch.from_numpy(logits)
+
+
+def _judge(report: ExportReport, tolerance: float) -> None:
+    if not report.difference <= tolerance:
+        raise ExportError(
+            f"{report.path} was not written: its results differ from the model's by {report.difference:.1e} of their "
+            f"standard deviation, more than the tolerance of {tolerance:.0e}"
+        )
+
+
+# Small things
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `path` if the block ends well and is removed if not."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: make it first")
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings and log lines."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _name(model: nn.Module) -> str:
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
