@@ -60,6 +60,8 @@ METRICS = {
     "box_ap": "{} box AP",
     "mask_ap": "{} mask AP",
     "miou": "{} mIoU",
+    "pq": "{} PQ",
+    "psnr_set14": "{} dB on Set14",
     "psnr_set5": "{} dB on Set5",
 }
 ACCESS = {
@@ -70,7 +72,6 @@ ACCESS = {
     "unreleased": "never released",
     "packaged": "in the package",
 }
-HEAD_TAGS = ("retinanet", "mask_rcnn", "maskrcnn", "fpn")  # entries of detectors and segmenters, not of classifiers
 
 
 def models_of(family: str) -> list[str]:
@@ -94,9 +95,10 @@ def read_counts() -> dict[str, dict[str, int]]:
     return json.loads(COUNTS.read_text())
 
 
-def backbone_entries(name: str) -> list[Weights]:
-    """The manifest's entries for a model, without those of detectors and segmenters built on it."""
-    return [w for w in known_weights() if w.model == name and not any(tag in w.tag for tag in HEAD_TAGS)]
+def classifier_entries(name: str) -> list[Weights]:
+    """The manifest's entries for a model as a classifier; where there are none, those of its features."""
+    entries = [w for w in known_weights() if w.model == name]
+    return [w for w in entries if w.task == "classification"] or entries
 
 
 def claim(weights: Weights) -> str:
@@ -105,7 +107,7 @@ def claim(weights: Weights) -> str:
 
 
 def _row(name: str, counts: dict[str, dict[str, int]]) -> str:
-    entries = backbone_entries(name)
+    entries = classifier_entries(name)
     claims = claim(entries[0]) if entries else ""
     access = ", ".join(dict.fromkeys(ACCESS[w.access] for w in entries))
     n = counts[name]
@@ -125,16 +127,26 @@ def variants(family: str) -> list[str]:
 def released(family: str) -> list[str]:
     """A row for each file that the manifest knows for the models of a family."""
     names = models_of(family)
+    return _files([w for w in known_weights() if w.model in names])
+
+
+def files(task: str) -> list[str]:
+    """A row for each file that the manifest knows for a task."""
+    return _files([w for w in known_weights() if w.task == task])
+
+
+def _files(entries: list[Weights]) -> list[str]:
     rows = []
-    for weights in known_weights():
-        if weights.model in names and weights.access != "unreleased":
-            where = weights.hub_id or weights.url or weights.source or ""
-            where = f"[{weights.file or weights.hub_id or 'page'}]({where if '://' in where else _hub(where)})"
-            note = f"{weights.note[0].upper()}{weights.note[1:]}" if weights.note else ""
-            rows.append(
-                f"| `{weights.model}.{weights.tag}` | {ACCESS[weights.access]} | {where} | {claim(weights) or '-'} "
-                f"| {note.replace('|', '/')} |"
-            )
+    for weights in entries:
+        if weights.access == "unreleased":
+            continue
+        where = _hub(weights.hub_id) if weights.hub_id else weights.url or weights.source or ""
+        name = weights.file or weights.hub_id or "page"
+        link = f"[{name}]({where})" if "://" in where else f"`{name}`"
+        note = f"{weights.note[0].upper()}{weights.note[1:]}" if weights.note else ""
+        note = note.replace("|", "/").replace("<", "&lt;")
+        cells = (f"`{weights.model}.{weights.tag}`", ACCESS[weights.access], link, claim(weights) or "-", note)
+        rows.append(f"| {' | '.join(cells)} |")
     if not rows:
         return ["No file is known."]
     return ["| model and tag | how | file | claim | |", "|---|---|---|---|---|", *rows]
@@ -158,7 +170,7 @@ def all_models() -> list[str]:
 def render(what: str) -> str:
     """The content of a generated block."""
     kind, *family = what.split()
-    makers = {"variants": variants, "released": released, "all": all_models}
+    makers = {"variants": variants, "released": released, "files": files, "all": all_models}
     return "\n".join(["", *makers[kind](*family), "", ""])
 
 
