@@ -43,7 +43,12 @@ def start_processes() -> None:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=_TIMEOUT)
+    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
+    # torchrun may keep its store over a restart: the addresses of processes that are dead must not be found there
+    store = torch.distributed.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    torch.distributed.init_process_group(
+        "nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=world, timeout=_TIMEOUT
+    )
 
 
 def set_slurm_environment(environment: MutableMapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Several processes: they train as one, whole or sharded; a lost one ends the job with a sentence; files stay usable."""
+"""Several processes train as one, whole or sharded; a lost one ends the job with a sentence; files stay usable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def torchrun(recipe, folder: Path, *options: str, launcher: tuple[str, ...] = ()
 
 
 def finished(process: subprocess.Popen) -> str:
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors[-6000:]
     return output
 
