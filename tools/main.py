@@ -16,7 +16,11 @@ COMMANDS = {
     "train": ("zoo.tools.train", "train, fine-tune or distil a model on your images"),
     "eval": ("zoo.tools.evaluate", "measure a classifier on images with known labels"),
     "predict": ("zoo.tools.predict", "names and scores for pictures, and pictures with them"),
-    "bench": ("zoo.tools.bench", "time the operators against their alternatives"),
+    "weights": ("zoo.tools.weights", "list, fetch, check and add released weights"),
+    "verify": ("zoo.tools.verify", "check a weight file: model, entries, hash, a golden input"),
+    "convert": ("zoo.tools.convert", "official weight files into zoo's, and back"),
+    "export": ("zoo.tools.export", "write ONNX and torch.export files, checked against the model"),
+    "bench": ("zoo.tools.bench", "time models in several forms, or operators against their alternatives"),
     "inspect": ("zoo.tools.inspect", "white-box measures of a CRATE model, as numbers and as a picture"),
 }
 

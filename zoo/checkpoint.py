@@ -56,6 +56,9 @@ Converter = Callable[[StateDict, nn.Module], Conversion]
 
 _converters: dict[type[nn.Module], Converter] = {}
 _layouts: dict[str, tuple[str, ...]] = {}
+_owners: dict[str, Converter] = {}  # of the layouts
+# official entries that a converted file keeps beside the model's own: not part of any model, see zoo.conversion
+ASIDE = "official entry "
 
 
 def checkpoint_converter(
@@ -72,6 +75,7 @@ def checkpoint_converter(
     def register(function: Converter) -> Converter:
         _converters.update(dict.fromkeys(model_classes, function))
         _layouts.update({name: tuple(patterns) for name, patterns in layouts.items()})
+        _owners.update(dict.fromkeys(layouts, function))
         return function
 
     return register
@@ -81,6 +85,11 @@ def find_converter(model: nn.Module | type[nn.Module]) -> Converter | None:
     """The registered translation for `model`: that of the nearest class among its bases."""
     cls = model if isinstance(model, type) else type(model)
     return next((_converters[base] for base in cls.__mro__ if base in _converters), None)
+
+
+def layout_family(layout: str) -> str:
+    """The family ("crate", "slab", "detection", ...) whose translation knows a layout."""
+    return _owners[layout].__module__.removeprefix("zoo.").removeprefix("heads.").split(".")[0].split("_")[0]
 
 
 def identify_layout(names: Iterable[str]) -> str | None:
@@ -158,7 +167,7 @@ def read_checkpoint(path: str | PathLike) -> Checkpoint:
         )
     if path.suffix == ".safetensors":
         try:
-            return Checkpoint(load_safetensors(path))
+            return Checkpoint((n, v) for n, v in load_safetensors(path).items() if not n.startswith(ASIDE))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is not a readable safetensors file (truncated?): {error}; download it again"
@@ -280,15 +289,7 @@ def load_checkpoint(
     """
     source = "the state dict" if isinstance(checkpoint, Mapping) else str(checkpoint)
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
-    if _is_own_state(model, content):
-        conversion = Conversion(dict(content))
-    else:
-        state = unwrap_state_dict(content, prefer_ema=prefer_ema)
-        state, note = _dense_backbone_part(state, model)
-        converter = find_converter(model)
-        conversion = converter(state, model) if converter else Conversion(state, "native")
-        if note:
-            conversion = conversion._replace(notes=(note, *conversion.notes))
+    conversion = translate(model, content, prefer_ema=prefer_ema)
     state = dict(conversion.state_dict)
     report = LoadReport(conversion.layout, notes=list(conversion.notes))
     replaced = getattr(content, "replaced", ())
@@ -326,6 +327,17 @@ def load_checkpoint(
         raise CheckpointError(_explain(model, source, state, report, classifier))
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def translate(model: nn.Module, content: Mapping, *, prefer_ema: bool = True) -> Conversion:
+    """The weights in what a training script saved, under the names of `model`; whether they fit is not checked."""
+    if _is_own_state(model, content):
+        return Conversion(dict(content))
+    state = unwrap_state_dict(content, prefer_ema=prefer_ema)
+    state, note = _dense_backbone_part(state, model)
+    converter = find_converter(model)
+    conversion = converter(state, model) if converter else Conversion(state, "native")
+    return conversion._replace(notes=(note, *conversion.notes)) if note else conversion
 
 
 def _is_own_state(model: nn.Module, content: Mapping) -> bool:

@@ -553,6 +553,20 @@ class _OnLoad:
 _pending: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()  # the hooks that wait
 
 
+def become_official(model: MetaFormer, layout: str) -> None:
+    """Give a model of timm's own class the head and norms of the official code, which wrote the weights in it.
+
+    Loading an official file does this by itself; a file converted from one does not say so in its entries.
+    """
+    if isinstance(model, OfficialMetaFormer) or layout == "timm":
+        return
+    use_accurate_map_norms(model)
+    if layout == "PoolFormer":
+        norm_before_pooling(model)
+    if hasattr(model.head, "fc"):
+        _official_mlp_head(model)
+
+
 def _become_official(model: MetaFormer, layout: str, state: StateDict, notes: list[str]) -> None:
     changes: list[Callable[[MetaFormer], Any]] = [use_accurate_map_norms]
     if layout == "PoolFormer":

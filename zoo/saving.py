@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -128,23 +129,38 @@ def load_model(path: str | PathLike, **overrides: Any) -> nn.Module:
     model.default_cfg = model.pretrained_cfg
     with torch.no_grad():
         load_checkpoint(model, path)
+    restore_official_numerics(model, described)
     model.class_names = described.get("class_names")
     model.zoo_metadata = described
     return model.eval()
 
 
-# doors that a file may name: nothing else is called on a file's word
-_DOORS = ("create_detector", "create_segmenter", "create_upscaler")
+def restore_official_numerics(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """What loading the official file changes in a model of timm's own class, for a file converted from it."""
+    layout = (described.get("official") or {}).get("layout")
+    if layout is not None and isinstance(model, timm.models.metaformer.MetaFormer):
+        from zoo.metaformer import become_official
+
+        become_official(model, layout)
+
+
+# doors that a file may name, and where they are: nothing else is called on a file's word
+DOORS = {
+    "create_detector": "zoo",
+    "create_segmenter": "zoo",
+    "create_upscaler": "zoo",
+    "fcaformer_dense": "zoo.fcaformer",
+    "slab_swin_dense": "zoo.slab",
+}
 
 
 def _through_door(path: str | PathLike, described: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
-    import zoo
-
-    if described["door"] not in _DOORS:
+    if described["door"] not in DOORS:
         raise CheckpointError(f"{path} wants to be built by {described['door']!r}, which zoo does not have")
+    module = DOORS[described["door"]]
     # weights come from the file: none are downloaded for the backbone
-    arguments = {**described["door_args"], "pretrained_backbone": False, **overrides}
-    model = getattr(zoo, described["door"])(**arguments)
+    arguments = {**described["door_args"], **({"pretrained_backbone": False} if module == "zoo" else {}), **overrides}
+    model = getattr(importlib.import_module(module), described["door"])(**arguments)
     with torch.no_grad():
         load_checkpoint(model, path)
     model.class_names = described.get("class_names")

@@ -6,7 +6,6 @@ and the comparisons measure a computed tensor against a record in units of the r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,40 +13,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from zoo.tools.golden import fill_input, fill_weight, output_error
+
+__all__ = [
+    "GOLDEN",
+    "Case",
+    "data_folder",
+    "fill_input",
+    "fill_weight",
+    "golden_cases",
+    "output_error",
+    "relative_error",
+]
+
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-def _normal(key: str, shape: Iterable[int]) -> np.ndarray:
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
-    return generator.standard_normal(tuple(shape))
-
-
-def fill_input(name: str, shape: Iterable[int], seed: int) -> Tensor:
-    """The standard-normal float64 input called `name`."""
-    return torch.from_numpy(np.asarray(_normal(f"{seed}:input:{name}", shape)))
-
-
-def fill_weight(name: str, shape: Iterable[int], seed: int) -> Tensor:
-    """The float64 values of the weight called `name`; the rule looks at name and rank only."""
-    shape = tuple(shape)
-    normal = np.asarray(_normal(f"{seed}:{name}", shape))
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "running_var":
-        values = 1.0 + 0.5 * np.abs(normal)
-    elif leaf == "running_mean":
-        values = 0.1 * normal
-    elif len(shape) >= 2:
-        values = normal / math.sqrt(max(1, math.prod(shape[1:])))
-    elif leaf == "bias":
-        values = 0.1 * normal
-    else:
-        values = 1.0 + 0.1 * normal
-    return torch.from_numpy(np.asarray(values))
 
 
 class Case(dict):
@@ -118,39 +99,6 @@ def data_folder(case: Case, name: str) -> Path:
         if (root / name).is_dir():
             return root / name
     raise FileNotFoundError(f"{case.name} needs the data set {name}, which is not in {', '.join(map(str, roots))}")
-
-
-def output_error(record: dict, output: Tensor) -> float:
-    """Largest deviation of `output` from a record: its values, mean, std and random projections.
-
-    In units of the recorded std (of 1 where that is zero). Records sample the flat tensor: its first
-    elements, every `stride`-th, or `indices` start / step / count. A NaN is an infinite deviation.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if list(output.shape) != list(record["shape"]):
-        raise ValueError(f"shape {list(output.shape)}, recorded {record['shape']}")
-    flat = output.detach().double().reshape(-1).numpy()
-    recorded = np.asarray(record["values"], dtype=np.float64).reshape(-1)
-    if "indices" in record:
-        sampled = flat[record["indices"]["start"] :: record["indices"]["step"]]
-    elif "stride" in record:
-        sampled = flat[:: record["stride"]]
-    else:
-        sampled = flat
-    deviations = [float(np.abs(sampled[: recorded.size] - recorded).max(initial=0.0))]
-    if sampled.size < recorded.size:
-        raise ValueError(f"{sampled.size} sampled elements, {recorded.size} recorded")
-    if "mean" in record:
-        deviations.append(abs(float(flat.mean()) - record["mean"]))
-    if "std" in record:
-        deviations.append(abs(float(flat.std()) - record["std"]))
-    for k, expected in enumerate(record.get("checksum", [])):
-        probe = fill_input(f"probe{k}", (flat.size,), 0).numpy()
-        deviations.append(abs(float(flat @ probe) / math.sqrt(flat.size) - expected))
-    worst = max(d if math.isfinite(d) else math.inf for d in deviations)
-    return worst / (record.get("std") or 1.0)
 
 
 def relative_error(computed: float, recorded: float) -> float:
