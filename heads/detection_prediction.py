@@ -30,7 +30,9 @@ class DetectionPrediction(Prediction):
     """What a detector finds in one picture, best first.
 
     Attributes:
-        labels, names, scores: of each object.
+        labels: class index of each object.
+        names: their names.
+        scores: their scores in 0..1.
         boxes: x0, y0, x1, y1 of each, in the picture's pixels.
         size: height and width of the picture.
         category_ids: what the training data call each object's class; the label where that is not known.

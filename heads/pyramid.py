@@ -75,7 +75,8 @@ class Pyramid(nn.Module):
             `zoo.load_checkpoint(pyramid.backbone, "official.pth")` leaves out what was pruned (the classifier).
         channels: channels of each map.
         strides: stride of each map.
-        mean, std: what images are normalised with, in 0..1.
+        mean: what is subtracted from images, in 0..1.
+        std: what they are then divided by.
 
     Raises:
         ValueError: no such model, or strides that it has no stage for.

@@ -38,7 +38,8 @@ class SegmentationPrediction(Prediction):
     """What a segmenter says about one picture: regions, the largest (semantic, panoptic) or surest (instance) first.
 
     Attributes:
-        labels, names: class of each region.
+        labels: class index of each region.
+        names: their names.
         scores: instance and panoptic: how sure it is; semantic: the region's share of the picture.
         map: (H, W) int32 of the picture's size: the class of each pixel (semantic) or the id of its region, 0 for none
             (panoptic; instance, where the surest of overlapping ones is on top).

@@ -27,7 +27,7 @@ _SIDE = ("pyramid.", "laterals.", "gamma")
 
 
 class CraftOnBackbone(Craft):
-    """See the module's docstring.
+    """CRAFT whose groups also see a backbone's maps, through scales that start at zero: a new model equals plain CRAFT.
 
     Args:
         backbone: name of a zoo or timm model, or a built one with `forward_intermediates`.
