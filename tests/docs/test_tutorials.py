@@ -68,7 +68,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("tutorials")
 def test_the_tutorials_run_in_their_order(folder):
     for name in pages():
         page = blocks(FOLDER / f"{name}.md")
