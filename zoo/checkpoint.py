@@ -31,6 +31,7 @@ StateDict = dict[str, Tensor]
 _EMA_KEYS = ("state_dict_ema", "model_ema", "params_ema", "ema")
 _WEIGHT_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "params", "net")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+_COUNTER = "num_batches_tracked"
 _LISTED = 12  # names shown of each kind in an error; the report object holds all of them
 
 
@@ -313,6 +314,13 @@ def load_checkpoint(
         for name in pruned:
             del state[name]
         report.notes.append(f"{len(pruned)} entries of the file were left out: they follow the last map of the pyramid")
+    counters = [
+        n for n in state if n.endswith(_COUNTER) and n not in own and f"{n.removesuffix(_COUNTER)}running_mean" in own
+    ]
+    if counters:  # a batch norm whose statistics are frozen counts nothing
+        for name in counters:
+            del state[name]
+        report.notes.append(f"{len(counters)} counters of the file were left out: these batch norms are frozen")
     kept = {name for name in own if head == "keep" and name.startswith(classifier)}
     report.missing = [name for name in own if name not in state and name not in kept]
     report.unexpected = [name for name in state if name not in own]

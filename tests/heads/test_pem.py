@@ -235,3 +235,12 @@ def test_names_without_weight_decay_exist_and_checkpointing_changes_nothing():
     expected = model(images).mask_logits
     model.set_grad_checkpointing()
     torch.testing.assert_close(model(images).mask_logits, expected)
+
+
+def test_a_backbone_file_loads_into_a_backbone_with_frozen_norms():
+    source = timm.create_model("resnet10t", num_classes=0)
+    model = zoo.create_segmenter("pem", "resnet10t", 3, freeze_norm=True, **_TINY_HEAD)
+    report = zoo.load_checkpoint(model.backbone.backbone, source.state_dict())
+    assert report.complete
+    assert "these batch norms are frozen" in str(report)
+    torch.testing.assert_close(model.backbone.backbone.layer1[0].bn1.weight, source.layer1[0].bn1.weight)
