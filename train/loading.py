@@ -24,10 +24,23 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
+    """Seed Python's, NumPy's and torch's global generators, those of the devices included."""
+    seed_cpu(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed what a data worker draws from.
+
+    `torch.manual_seed` would do, but for every device that is not initialised it notes the whole call stack for
+    later, which takes 0.2 ms: a sixth of what decoding and augmenting a small picture does.
+    """
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 class EpochSampler(Sampler):
@@ -133,7 +146,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         draw, index = key
         view = draw % self.views if self.views else draw
-        seed_everything(derive_seed(self.seed, view, index))
+        seed_cpu(derive_seed(self.seed, view, index))
         image, target = self.dataset[index]
         return image, target, view * len(self.dataset) + index
 
