@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -73,7 +74,7 @@ def describe(parser: argparse.ArgumentParser, level: int = 3) -> list[str]:
     """A parser as Markdown: usage, description, a table for each group, and its subcommands."""
     lines = []
     if parser.description:
-        lines += [inspect.cleandoc(parser.description), ""]
+        lines += [_with_examples(inspect.cleandoc(parser.description)), ""]
     nested = _subparsers(parser)
     for group in parser._action_groups:
         actions = [
@@ -89,6 +90,15 @@ def describe(parser: argparse.ArgumentParser, level: int = 3) -> list[str]:
     for child in nested.values():
         lines += [f"{'#' * level} {child.prog}", "", *describe(child, level + 1)]
     return lines
+
+
+def _with_examples(text: str) -> str:
+    """A description whose indented lines are commands."""
+    parts = re.split(r"((?:^ {2,}\S.*(?:\n|$))+)", text, flags=re.MULTILINE)
+    return "".join(
+        f"\n```console\n{inspect.cleandoc(chr(10) + part).strip()}\n```\n" if i % 2 else part
+        for i, part in enumerate(parts)
+    )
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -109,9 +119,9 @@ def _row(action: argparse.Action) -> str:
         name += " {" + ",".join(map(str, action.choices)) + "}"
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     default = action.default
-    if default not in (None, False, argparse.SUPPRESS, [], ()) and "default" not in text and action.option_strings:
+    if default not in (None, False, argparse.SUPPRESS, [], (), {}) and "default" not in text and action.option_strings:
         text += f" (default: {default})"
-    return f"| `{_cell(name)}` | {_cell(text)} |"
+    return f"| `{' '.join(name.split())}` | {_cell(text)} |"  # a pipe in code is no border
 
 
 def _cell(text: str) -> str:
