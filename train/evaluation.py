@@ -63,7 +63,7 @@ def evaluate(
     return Evaluation(
         torch.cat(logits).clone(),
         torch.cat(targets).clone(),
-        [str(p) for p in dataset.paths],
+        list(dataset.paths),
         list(dataset.classes),
         list(left_out),
         seconds,

@@ -174,7 +174,9 @@ class ClassificationRecipe(Recipe):
     drop_rate: float = option(0.0, "dropout before the classifier")
     head_dropout: float = option(0.0, "dropout inside the MLP head of ConvFormer and CAFormer")
     # --- data ------------------------------------------------------------------------------------------
-    data: str = option("", "folder: train/ and val/ of class folders, one folder of class folders, or a labels.csv")
+    data: str = option(
+        "", "folder: train/ and val/ of class folders, one folder of class folders, tar shards, or a labels.csv"
+    )
     val_fraction: float = option(0.2, "part held out, stratified, where the data has no val/ of its own")
     # --- input -----------------------------------------------------------------------------------------
     img_size: int | None = option(None, "training size in pixels; the model's own by default")

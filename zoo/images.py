@@ -263,7 +263,8 @@ def _read_bytes(source: Any, name: str) -> bytes:
         return bytes(source)
     if isinstance(source, str | os.PathLike):
         try:
-            return Path(source).read_bytes()
+            # a place inside an archive reads itself
+            return source.read_bytes() if hasattr(source, "read_bytes") else Path(source).read_bytes()
         except FileNotFoundError as error:
             web = re.match(r"(https?|s3|gs|ftp)://", name)
             hint = "download it first, addresses are not opened" if web else "check the path"

@@ -211,8 +211,9 @@ def _inspect(path: str, decode: bool) -> _Seen | BadFile:
     try:
         if decode:
             read_image(path)
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with path.open() if hasattr(path, "open") else open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             head = file.read(_EDGE)
             file.seek(max(0, size - _EDGE))
             tail = file.read(_EDGE)

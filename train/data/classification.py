@@ -8,7 +8,8 @@
 Folders: `root/train/<class>/...` with `root/val/<class>/...`, or `root/<class>/...`, of which a part is held
 out, always the same one. Folders named by WordNet ids are ImageNet's classes and keep ImageNet's indices, so
 that a subset of them scores correctly. CSV: `labels.csv` with a column `image` and either a column `label`
-(one class), a column `labels` (several, separated by `|`), or one 0/1 column for each class.
+(one class), a column `labels` (several, separated by `|`), or one 0/1 column for each class. Tar files
+(`zoo.train.data.tars`): WebDataset shards, tars of class folders, ImageNet's own archives, not unpacked.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.utils.data import Dataset
 from zoo.images import read_image
 from zoo.train.data.checks import DataReport, check_dataset
 from zoo.train.data.errors import BadFile, DataError, DataNotFoundError
+from zoo.train.data.tars import class_names, has_tars, list_tars
 from zoo.train.data.transforms import TrainTransform, build_transforms
 
 __all__ = [
@@ -100,7 +102,7 @@ class ClassificationData(Dataset):
         left_out: Sequence[BadFile] = (),
         notes: Sequence[str] = (),
     ) -> None:
-        self.paths = PathList(paths)
+        self.paths = paths if hasattr(paths, "take") else PathList(paths)
         self.targets = np.asarray(targets, dtype=np.uint8 if multilabel else np.int64)
         self.classes = list(classes)
         self.keys = list(keys) if keys is not None else list(classes)
@@ -145,7 +147,7 @@ class ClassificationData(Dataset):
         """The same data with these pictures only, in this order."""
         chosen = np.fromiter(indices, dtype=np.int64)
         other = copy.copy(self)
-        other.paths = PathList([self.paths[i] for i in chosen])
+        other.paths = self.paths.take(chosen)
         other.targets = self.targets[chosen]
         other.skipped = list(self.skipped)
         return other
@@ -178,6 +180,10 @@ class PathList(Sequence):
         position = range(len(self))[index]
         start = self._ends[position - 1] if position else 0
         return os.fsdecode(self._buffer[start : self._ends[position]].tobytes())
+
+    def take(self, indices: Iterable[int]) -> PathList:
+        """These paths, in this order."""
+        return PathList([self[i] for i in indices])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -225,10 +231,13 @@ def open_classification(
         raise DataError(f"val_fraction is {val_fraction}, expected a share of at least 0 and below 1")
     if not root.exists():
         raise DataNotFoundError(f"no data set at {root}: check the path")
-    if root.is_file() and root.suffix.lower() not in (".csv", ".tsv"):
-        raise DataError(f"{root} is a file: pass a folder of class folders or a CSV (unpack archives first)")
+    in_tars = kind in ("auto", "imagenet") and has_tars(root)
+    if root.is_file() and not in_tars and root.suffix.lower() not in (".csv", ".tsv"):
+        raise DataError(f"{root} is a file: pass a folder of class folders or a CSV, or a .tar (unpack other archives)")
     listing = _find_csv(root, split) if kind in ("auto", "csv") else None
-    if listing is not None:
+    if in_tars:
+        data = _open_tars(root, split, kind, classes, val_fraction, seed)
+    elif listing is not None:
         data = _open_csv(listing, split, classes, val_fraction, seed)
     elif kind == "csv":
         raise DataNotFoundError(f"no labels.csv or {split}.csv in {root}")
@@ -416,6 +425,38 @@ def _held_out(names: Sequence[str], groups: Sequence[int], fraction: float, seed
         count = min(len(indices) - 1, max(1, round(fraction * len(indices)))) if fraction else 0
         held[sorted(indices, key=lambda index: rank[index])[:count]] = True
     return held
+
+
+# Tar files
+
+
+def _open_tars(
+    root: Path, split: str, kind: Kind, classes: Sequence[str] | None, val_fraction: float, seed: int
+) -> ClassificationData:
+    listing = list_tars(root, split, _has_image_name)
+    labels = listing.labels
+    if labels and isinstance(labels[0], int):
+        count = max(labels) + 1
+        named = classes or class_names(root) or (imagenet_classes()[1] if 500 < count <= 1000 else None)
+        shown = list(named) if named else [str(index) for index in range(count)]
+        if count > len(shown):
+            raise DataError(f"{root} has the class index {count - 1}, and there are {len(shown)} class names")
+        keys, targets = [str(index) for index in range(len(shown))], list(labels)
+    else:
+        names = sorted(set(labels), key=natural_key)
+        own_names = listing.own_split and split != "train"
+        known = sorted(set(list_tars(root, "train", _has_image_name).labels)) if own_names and not classes else names
+        keys, shown = _number_classes(root, sorted({*names, *known}, key=natural_key), kind, classes, known)
+        index_of = {key: index for index, key in enumerate(keys)}
+        targets = [index_of[label] for label in labels]
+    notes = [f"pictures are read inside {len(listing.paths.tars)} tar files"]
+    data = ClassificationData(listing.paths, targets, shown, keys=keys, left_out=listing.left_out, notes=notes)
+    if listing.own_split:
+        return data
+    base = f"{root if root.is_dir() else root.parent}/"
+    held = _held_out([str(path).removeprefix(base) for path in listing.paths], targets, val_fraction, seed)
+    data.notes.append(f"{root} has no tar files for validation: a part of each class is held out")
+    return data.select(np.flatnonzero(held == (split == "val")))
 
 
 # CSV
