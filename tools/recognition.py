@@ -220,9 +220,6 @@ def _by_entries(path: Path, state: StateDict, arguments: Mapping[str, Any]) -> R
     best = min((cost for _, cost in fits), default=None)
     found = [candidate for candidate, cost in fits if cost == best]
     names = list(dict.fromkeys(candidate.model for candidate in found))
-    # zoo's model of the same network computes what the authors' code does without changing timm's class
-    found = [c for c in found if not (c.model.startswith("poolformer_") and c.model.replace("r_", "rv1_") in names)]
-    names = list(dict.fromkeys(candidate.model for candidate in found))
     if len(found) == 1 or len(names) == 1:
         return found[0]
     if names:
@@ -238,7 +235,7 @@ def _by_entries(path: Path, state: StateDict, arguments: Mapping[str, Any]) -> R
 def _candidates(layout: str | None, state: StateDict) -> Iterator[Recognised]:
     family = layout_family(layout) if layout else None
     if family == "craft":
-        options = read_options(state)
+        options = _craft_options(state)
         yield Recognised(f"craft_x{options['scale']}", "create_upscaler", options)
     elif family == "detection":
         yield from _detectors(layout, state)
@@ -246,6 +243,13 @@ def _candidates(layout: str | None, state: StateDict) -> Iterator[Recognised]:
         yield from _segmenters(state)
     else:
         yield from _backbones(family, state)
+
+
+def _craft_options(state: StateDict) -> dict[str, Any]:
+    try:
+        return read_options(state)
+    except CheckpointError:  # the tables of indices, which are built anyway, may be of no use
+        return read_options({name: value for name, value in state.items() if not name.startswith("relative_")})
 
 
 def _backbones(family: str | None, state: StateDict) -> Iterator[Recognised]:
@@ -257,7 +261,7 @@ def _backbones(family: str | None, state: StateDict) -> Iterator[Recognised]:
         return
     for name in _family_names(family) if family else _native_names(state):
         yield Recognised(name)
-        if name.startswith("poolformerv1_"):
+        if name.startswith("poolformerv1_") and "norm0.weight" in state:
             yield Recognised(name, None, {"dense": True})
     for door, variants in _DENSE_DOORS.items():
         if family is not None and door.startswith(family):
@@ -285,6 +289,8 @@ def _family_names(family: str | None) -> list[str]:
     names = [name for name in zoo.list_models() if family in (None, base(name))]
     # timm's own models with official weights in the manifest
     theirs = {w.model for w in known_weights() if is_model(w.model)} - set(zoo.list_models())
+    # zoo's poolformerv1_* are the same networks with the official head
+    theirs = {name for name in theirs if not name.startswith(("poolformer_", "resnet"))}
     return [*names, *(sorted(theirs) if family in (None, "metaformer") else ())]
 
 
@@ -307,10 +313,13 @@ def _detectors(layout: str, state: StateDict) -> Iterator[Recognised]:
     inner = {n.removeprefix("backbone."): v for n, v in state.items() if n.startswith("backbone.")}
     normed = any(re.fullmatch(r"norm\d\.weight", n) for n in inner)
     body = identify_layout(inner)
-    names = _family_names(layout_family(body)) if body else ["resnet18", "resnet34", "resnet50", "resnet101"]
+    resnets = ["resnet18", "resnet34", "resnet50", "resnet101"]
+    names = _family_names(layout_family(body)) if body else [*_native_names(inner), *resnets]
+    width = state["neck.lateral_convs.0.conv.weight"].shape[0]
+    made = dict(num_classes=classes) | ({} if width == 256 else dict(out_channels=width))
     for name in names:
         norm = ("group" if "poolformer" in name else "layer") if normed else None
-        yield Recognised(head, "create_detector", dict(backbone=name, num_classes=classes, norm=norm))
+        yield Recognised(head, "create_detector", dict(backbone=name, norm=norm, **made))
 
 
 def _segmenters(state: StateDict) -> Iterator[Recognised]:
@@ -338,7 +347,7 @@ def _fit(candidate: Recognised, state: StateDict, fixed: Mapping[str, Any]) -> t
     meta = {name: value.to("meta") for name, value in state.items()}
     if candidate.door == "create_upscaler":  # its shapes tell all that is not in the arguments
         try:
-            read = read_options(state)
+            read = _craft_options(state)
         except CheckpointError as error:
             return None, str(error), False
         wanted = candidate.arguments.get("scale", read["scale"])
