@@ -10,7 +10,6 @@ bound that binds, bytes over bandwidth or FLOPs over the tensor cores' rate of t
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from zoo.kernels import scan2d as scan2d_file
 from zoo.kernels import selective_scan as selective_file
 from zoo.kernels import tied_attention as tied_file
 from zoo.kernels import wave_gate as wave_file
+from zoo.tools.timing import default_clock, in_turns
 
 Form = Callable[..., Tensor]
 
@@ -131,24 +131,8 @@ def _call(form: Form, inputs: tuple[Tensor, ...], direction: str) -> Callable[[]
 
 
 def _time(calls: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
-    clock = time.perf_counter if device.type != "cpu" else time.process_time  # another job's time is not ours
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for turn in range(repeats):
-        order = list(calls.items())
-        for name, call in order[turn % len(order) :] + order[: turn % len(order)]:  # what ran before fills the caches
-            _wait(device)
-            start = clock()
-            call()
-            _wait(device)
-            times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    clock = default_clock(device)
+    return {name: statistics.median(values) for name, values in in_turns(calls, repeats, device, clock).items()}
 
 
 def _roofline(row: Row, direction: str, seconds: float, device: torch.device) -> float | None:

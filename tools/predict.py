@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -12,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo predict`."""
     from zoo.tools import predict_sr
 
-    parser.add_argument("weights", help="a file that zoo train wrote, or a registered model name with --checkpoint")
+    parser.add_argument(
+        "weights", help="a file of zoo train or zoo export (.onnx), or a registered model name with --checkpoint"
+    )
     parser.add_argument("images", nargs="+", type=Path, help="pictures or folders of them")
     parser.add_argument(
         "--task",
@@ -33,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
         from zoo.tools import predict_sr
 
         return predict_sr.run(args, [Path(args.weights), *args.images])
-    import zoo
-    from zoo.images import ImageError
+    if Path(args.weights).suffix == ".onnx":
+        return _run_onnx(args)
     from zoo.tools.evaluate import load_classifier, task_of
 
     recorded = task_of(args.weights)
@@ -49,9 +52,35 @@ def run(args: argparse.Namespace) -> int:
             pretrained=args.pretrained,
         )
     )
+    multilabel = bool(getattr(model, "zoo_metadata", {}).get("multilabel"))
+    if recorded == "classification":
+        import zoo
+
+        return report(
+            args, lambda image: zoo.predict(model, image, topk=args.topk, multilabel=multilabel, device=args.device)
+        )
+    options = _options(model)
+    return report(args, lambda image: model.predict(image, device=args.device, **options))
+
+
+def _run_onnx(args: argparse.Namespace) -> int:
+    from zoo.onnx_model import OnnxModel
+
+    if args.checkpoint or args.pretrained:
+        raise ValueError(f"{args.weights} has its weights: leave --checkpoint and --pretrained out")
+    model = OnnxModel(args.weights)
+    if args.task and args.task != model.task:
+        raise ValueError(f"{args.weights} is a model of {model.task}, and --task is {args.task}: leave --task out")
+    return report(args, lambda image: model.predict(image, topk=args.topk))
+
+
+def report(args: argparse.Namespace, predict: Callable) -> int:
+    """Predict on every picture, print, and write what --out asks for; status 1 if a picture cannot be read."""
+    import zoo
+    from zoo.images import ImageError
+
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    multilabel = bool(getattr(model, "zoo_metadata", {}).get("multilabel"))
     records, unreadable = [], []
     for path in find_pictures(args.images):
         try:
@@ -59,10 +88,7 @@ def run(args: argparse.Namespace) -> int:
         except (ImageError, FileNotFoundError) as error:
             unreadable.append(str(error))
             continue
-        if recorded == "classification":
-            prediction = zoo.predict(model, image, topk=args.topk, multilabel=multilabel, device=args.device)
-        else:
-            prediction = model.predict(image, device=args.device, **_options(model))
+        prediction = predict(image)
         shown = ", ".join(f"{name} {100 * score:.1f} %" for name, score in zip(prediction.names, prediction.scores))
         print(f"{path}: {shown or 'nothing above the threshold'}")
         records.append({"file": str(path), **prediction.to_dict()})

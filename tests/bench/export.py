@@ -18,11 +18,11 @@ import torch
 
 import zoo
 
-_DEPTHS = dict(depths=(1, 1, 2, 1))
+_DEPTHS = dict(depths=(1, 1, 1, 1))
 _META = _DEPTHS | dict(dims=(16, 32, 64, 96))
-_SLAB = dict(depths=(1, 1, 2, 1))
+_SLAB = dict(depths=(1, 1, 1, 1))
 _VIM = dict(
-    dims=(8, 12, 16, 24), token_depths=(1, 1, 2, 1), channel_depths=(1, 0, 1, 0), channel_expand=(2, 2, 2, 1), d_state=4
+    dims=(8, 12, 16, 24), token_depths=(1, 1, 1, 1), channel_depths=(0, 1, 0, 0), channel_expand=(2, 2, 2, 1), d_state=4
 )
 
 # one variant of each type, and arguments that make it small
@@ -44,7 +44,7 @@ MODELS = {
     "swin_t_prepbn": dict(embed_dim=12, num_heads=(1, 2, 4, 8), depths=(2, 1, 1, 1)),
     "slab_swin_t": dict(embed_dim=12, num_heads=(1, 2, 4, 8), depths=(1, 1, 2, 1)),
     "slab_cswin_t": dict(embed_dim=16, num_heads=(2, 4, 8, 16), **_SLAB),
-    "ascan_tiny": dict(stem_width=8, widths=(8, 16, 32, 32), patterns=("C", "CT", "CT", "T"), head_dim=8),
+    "ascan_tiny": dict(stem_width=8, widths=(8, 16, 32, 32), patterns=("C", "CT", "CT", "CT"), head_dim=8),
     "ninformer_patch4_32": dict(embed_dim=16, depth=2),
     "fourier_ninformer_patch4_32": dict(embed_dim=16, depth=2),
     "activator_tiny_patch16_224": dict(embed_dim=16, depth=2),
@@ -62,13 +62,17 @@ MODELS = {
 
 def build(name: str, tiny: bool, **options) -> torch.nn.Module:
     """A model whose every parameter matters."""
-    model = timm.create_model(name, **(MODELS[name] if tiny else {}), **options).eval()
+    arguments = dict(MODELS[name] if tiny else {}, **options)
+    model = timm.create_model(name, **arguments)
+    if not model.num_classes:  # pretrained encoders come without a classifier
+        model = timm.create_model(name, num_classes=1000, **arguments)
+    model.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "A_log" in parameter_name or "random_matrix" in parameter_name:
                 continue
-            if parameter.ndim < 2 or parameter.std() == 0:  # norms, scales, biases and tables
+            if parameter.ndim < 2 or parameter.min() == parameter.max():  # norms, scales, biases and tables
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("running_mean"):
