@@ -127,9 +127,8 @@ def test_wrong_files_give_one_sentence(crate, tmp_path, capsys):
     out = tmp_path / "x.safetensors"
     assert "does not fit crate_tiny: " in sentence(capsys, "verify", path, "--model", "crate_tiny")
     assert "does not fit crate_tiny: " in sentence(capsys, "convert", path, "--out", out, "--model", "crate_tiny")
-    told = sentence(
-        capsys, "verify", path, "--model", "uniform_activator_patch4_32", "--model-args", '{"num_classes": 7}'
-    )
+    seven = ("--model-args", '{"num_classes": 7}')
+    told = sentence(capsys, "verify", path, "--model", "uniform_activator_patch4_32", *seven)
     assert "num_classes is 7 in --model-args and 10 in the file" in told
     assert "no model is called so" in sentence(capsys, "verify", path, "--model", "crate_tinny")
     assert "has no such name and tag" in sentence(capsys, "verify", path, "--model", "crate_tiny.x")
