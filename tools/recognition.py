@@ -43,6 +43,11 @@ _ADJUSTED = ("depth", "in_chans", "img_size", "num_classes")
 _LOSSY = ("resampled", "left out", "merged", "gamma is 0")  # in the notes of translations
 _SIZES = (28, 32, 64, 128, 192, 256, 288, 320, 384, 448, 512)
 _FAILURES = (CheckpointError, RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError)
+# kinds of models that share a family's file and not its official layouts
+_KINDS = {
+    "PoolFormer": ("poolformerv1_", "metaformer_"),
+    "MetaFormer baselines": ("identityformer_", "randformer_", "poolformerv2_", "convformer_", "caformer_"),
+}
 _DENSE_DOORS = {"fcaformer_dense": ("fcaformer_l1", "fcaformer_l2", "fcaformer_l3", "fcaformer_l4")}
 _DENSE_DOORS |= {"slab_swin_dense": ("slab_swin_t", "slab_swin_s", "swin_t_prepbn", "swin_s_prepbn")}
 
@@ -242,7 +247,8 @@ def _candidates(layout: str | None, state: StateDict) -> Iterator[Recognised]:
     elif family == "pem":
         yield from _segmenters(state)
     else:
-        yield from _backbones(family, state)
+        kinds = _KINDS.get(layout, ("",))
+        yield from (candidate for candidate in _backbones(family, state) if candidate.model.startswith(kinds))
 
 
 def _craft_options(state: StateDict) -> dict[str, Any]:

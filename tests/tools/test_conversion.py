@@ -151,18 +151,18 @@ def test_wrong_files_give_one_sentence(crate, tmp_path, capsys):
 
 
 def test_a_file_that_several_models_fit_names_them(tmp_path, capsys):
-    case = Case(GOLDEN / "metaformer/identityformer_s12.json")
+    case = Case(GOLDEN / "metaformer/metaformer_id_s12.json")
     torch.save({n: v.half() for n, v in official_state(case).items()}, tmp_path / "a.pth")
     told = sentence(capsys, "convert", tmp_path / "a.pth", "--out", tmp_path / "b.safetensors")
-    assert "fits several models, identityformer_s12 and poolformerv2_s12: say which with --model" in told
+    assert "fits several models, metaformer_id_s12 and poolformerv1_s12: say which with --model" in told
     # the released file's name says it
-    (tmp_path / "a.pth").rename(tmp_path / "poolformerv2_s12.pth")
-    assert main(["convert", str(tmp_path / "poolformerv2_s12.pth"), "--out", str(tmp_path / "b.safetensors")]) == 0
+    (tmp_path / "a.pth").rename(tmp_path / "poolformer_s12.pth.tar")
+    assert main(["convert", str(tmp_path / "poolformer_s12.pth.tar"), "--out", str(tmp_path / "b.safetensors")]) == 0
     described = read_metadata(tmp_path / "b.safetensors")
-    assert described["weights"] == "poolformerv2_s12.sail_in1k"
+    assert described["weights"] == "poolformerv1_s12.sail_in1k"
     assert described["license"] == "apache-2.0"
-    assert described["source"] == "https://github.com/sail-sg/metaformer"
-    assert described["input"]["crop_pct"] == 1.0
+    assert described["source"] == "https://github.com/sail-sg/poolformer"
+    assert described["input"]["crop_pct"] == 0.9
 
 
 def test_a_folder_is_converted_file_by_file(crate, tmp_path, capsys):
