@@ -18,7 +18,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.exportable import exportable
 from zoo.extras import require
@@ -83,6 +84,7 @@ class ExportReport:
         mean_difference: likewise, the mean.
         agreement: share of the checked images with the same best class.
         checked: (batch, height, width) of the check.
+        note: why the images are stretched to one size, where the model itself would take any.
         metadata: what the file carries.
     """
 
@@ -93,10 +95,13 @@ class ExportReport:
     mean_difference: float | None = None
     agreement: float | None = None
     checked: list[tuple[int, int, int]] = field(default_factory=list)
+    note: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.rule}"
+        if self.note:
+            text += f" (since {self.note})"
         if self.difference is None:
             return f"{text}; not checked"
         sizes = ", ".join(f"{b}x{h}x{w}" for b, h, w in self.checked)
@@ -155,22 +160,16 @@ def export_onnx(
         raise ValueError(f"opset is {opset}: pass 18 or newer")
     path = Path(path)
     network, rule, transform = prepare(model, img_size, dynamic_size, folded)
-    program = _trace(network, rule, batch_size, onnx=True)
-    with _quiet():
-        try:
-            built = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                optimize=True,
-                external_data=False,
-                input_names=["images"],
-                output_names=["logits"],
-            )
-        except Exception as error:  # the exporter has many types of its own
-            raise ExportError(f"{_name(model)} has no ONNX form here: {_first_line(error)}") from error
+    note = None
+    try:
+        built = _build(network, rule, batch_size, opset)
+    except ExportError as error:
+        if rule.kind not in ("any", "multiple"):
+            raise
+        # images of any size still run, stretched to the one that the model is built for
+        note = str(error)
+        rule = network.rule = SizeRule("resized", rule.size)
+        built = _build(network, rule, batch_size, opset)
     described = describe(model, transform, rule, class_names, opset=opset, precision=precision, **metadata)
     with _beside(path) as temporary:
         if sum(p.numel() * 4 for p in network.parameters()) > _LARGEST:
@@ -178,7 +177,7 @@ def export_onnx(
         built.save(str(temporary), external_data=False)
         if precision != "float32":
             _convert(temporary, precision)
-        report = ExportReport(path, 0, rule, metadata=described)
+        report = ExportReport(path, 0, rule, note=note, metadata=described)
         if check:
             from zoo.onnx_model import open_session
 
@@ -351,6 +350,27 @@ def _free_size(model: nn.Module) -> None:
         model.patch_embed.strict_img_size = False
 
 
+def _build(network: ExportedClassifier, rule: SizeRule, batch_size: int | None, opset: int):
+    """The ONNX program."""
+    program = _trace(network, rule, batch_size, onnx=True)
+    # the attention kernels differ in the memory order of their results: the exporter must see the same one throughout
+    with _quiet(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            return torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=True,
+                external_data=False,
+                input_names=["images"],
+                output_names=["logits"],
+            )
+        except Exception as error:  # the exporter has many types of its own
+            raise ExportError(f"{_name(network.model)} has no ONNX form here: {_first_line(error)}") from error
+
+
 def _trace(network: ExportedClassifier, rule: SizeRule, batch_size: int | None, *, onnx: bool):
     """The program, traced at a size that is special to no part of the model."""
     height, width = rule.size
@@ -362,7 +382,8 @@ def _trace(network: ExportedClassifier, rule: SizeRule, batch_size: int | None, 
     free: dict[int, Any] = {} if batch_size else {0: torch.export.Dim.DYNAMIC}
     if rule.kind != "static":
         free |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with exportable(onnx), torch.no_grad(), _quiet():
+    kernels = sdpa_kernel(SDPBackend.MATH) if onnx else nullcontext()
+    with exportable(onnx), torch.no_grad(), _quiet(), kernels:
         try:
             return torch.export.export(network, (images,), dynamic_shapes=(free,), strict=False)
         except Exception as error:  # the exporter has many types of its own

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import zoo
 from tests.bench.export import MODELS, build
+from zoo import exporting
 from zoo.exportable import exportable
 from zoo.exporting import ExportError, SizeRule, find_size_rule
 from zoo.onnx_model import OnnxModel, open_session
@@ -159,6 +160,21 @@ def test_a_failed_check_leaves_no_file(crate, tmp_path):
     with pytest.raises(ExportError, match="more than the tolerance of"):
         zoo.export_program(crate, tmp_path / "model.pt2", tolerance=-1.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_traced_for_any_size_is_stretched_to_one(crate, tmp_path, monkeypatch):
+    own = exporting._build
+
+    def build_for_one_size(network, rule, *others):
+        if rule.kind != "resized":
+            raise ExportError("no symbols today")
+        return own(network, rule, *others)
+
+    monkeypatch.setattr(exporting, "_build", build_for_one_size)
+    report = zoo.export_onnx(crate, tmp_path / "model.onnx")
+    assert report.rule == SizeRule("resized", (32, 32))
+    assert "since no symbols today" in str(report)
+    assert OnnxModel(report.path).logits(torch.randn(2, 3, 50, 41)).shape == (2, 3)
 
 
 def test_half_and_eight_bits(crate, exported, tmp_path):
