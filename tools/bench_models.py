@@ -276,7 +276,7 @@ def table(rows: Sequence[Row], batch_size: int) -> str:
     """A Markdown table."""
     lines = [
         f"| model | form | image | params, M | MACs, G | latency, ms (p10-p90) | speed (p10-p90) | "
-        f"images/s at {batch_size} | memory, MB |",
+        f"images/s{f' at {batch_size}' if batch_size else ''} | memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
