@@ -80,6 +80,7 @@ class Recipe:
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "several processes: a whole model on each, or weights, gradients and optimiser states split over them"
     )
+    sync_bn: bool = option(False, "batch norms take the statistics of all processes' images (CUDA)")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     deterministic: bool = option(False, "CUDA: deterministic algorithms only (slower); a CPU always is")
     seed: int = option(42, "seed of everything random; same seed, same machine, same weights")

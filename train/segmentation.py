@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from zoo.train.classification import NonFiniteLossError
 from zoo.train.data.segmentation import Kind
 from zoo.train.data.segmentation_transforms import PAD_VALUE, resize
 from zoo.train.data.sizes import short_side_size
+from zoo.train.loading import derive_seed
 
 require("mmengine", extra="train")
 
@@ -80,6 +81,7 @@ class PemSegmentation(BaseModel):
         kind: what evaluation makes of the network's masks.
         thresholds: `object_threshold` and `overlap_threshold` of panoptic maps.
         criterion_args: arguments of `PemCriterion`.
+        seed: of the points at which masks are compared.
     """
 
     def __init__(
@@ -90,11 +92,13 @@ class PemSegmentation(BaseModel):
         kind: Kind,
         thresholds: dict[str, float] | None = None,
         criterion_args: dict[str, Any] | None = None,
+        seed: int = 0,
     ):
         super().__init__(data_preprocessor=preprocessor)
         self.model = model
         self.kind = kind
         self.thresholds = thresholds or {}
+        self.seed = seed
         self.criterion = PemCriterion(model.num_classes, **(criterion_args or {}))
 
     def init_weights(self) -> None:
@@ -113,7 +117,7 @@ class PemSegmentation(BaseModel):
         if mode == "loss":
             output = self.model(inputs, auxiliary=True)
             targets = [Segments(l, m) for l, m in zip(labels, masks, strict=True)]  # noqa: E741
-            return self.criterion(output, targets)
+            return self.criterion(output, targets, [self._points_of(key) for key in keys.tolist()])
         output = self.model(inputs)
         if mode == "predict":
             return [
@@ -121,6 +125,18 @@ class PemSegmentation(BaseModel):
                 for b, (key, size) in enumerate(zip(keys.tolist(), sizes, strict=True))
             ]
         return output
+
+    def _points_of(self, key: int) -> Callable[..., Tensor]:
+        """Uniform numbers that depend on the seed and the image's key alone: not on its batch, process or step."""
+        seed = derive_seed(self.seed, key)
+        generators: dict[Any, torch.Generator] = {}
+
+        def draw(shape: tuple[int, ...], device: torch.device) -> Tensor:
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            return torch.rand(shape, generator=generators[device], device=device)
+
+        return draw
 
     def decide(self, output: Any, b: int, image: Sequence[int], size: tuple[int, int]) -> dict[str, Any]:
         """What the network says of image `b` of a batch, at the file's size.

@@ -35,8 +35,9 @@ def shard(model: nn.Module, device: str, unit_parameters: int = _UNIT_PARAMETERS
     """Split a model's parameters over all processes, in place.
 
     A unit, whose weights are gathered together, is an element of a `ModuleList` or `Sequential` (a block) with at
-    least `unit_parameters` parameters that no unit inside it has taken; the rest belongs to the root. Buffers stay
-    whole on every process.
+    least `unit_parameters` parameters that no unit inside it has taken; the rest belongs to the root. Of a detector
+    or segmenter only the backbone has units: heads reach into their layers past the layers' forward pass, where
+    nothing would gather. Buffers stay whole on every process.
 
     Args:
         model: the network, the same on every process; its optimiser is made afterwards.
@@ -46,7 +47,7 @@ def shard(model: nn.Module, device: str, unit_parameters: int = _UNIT_PARAMETERS
     mesh = torch.distributed.init_device_mesh(device.split(":")[0], (torch.distributed.get_world_size(),))
     model.to(device)
     blank = copy.deepcopy(model).to("meta")
-    _shard_units(model, mesh, unit_parameters)
+    _shard_units(getattr(model, "backbone", model), mesh, unit_parameters)
     fully_shard(model, mesh=mesh)
     for name in _ENTRANCES:
         if hasattr(model, name):
@@ -55,7 +56,7 @@ def shard(model: nn.Module, device: str, unit_parameters: int = _UNIT_PARAMETERS
     def copied(memo: dict) -> nn.Module:
         # torch refuses to copy a sharded module; weight averaging needs a copy, split in the same way
         twin = copy.deepcopy(blank).to_empty(device=device)
-        _shard_units(twin, mesh, unit_parameters)
+        _shard_units(getattr(twin, "backbone", twin), mesh, unit_parameters)
         fully_shard(twin, mesh=mesh)
         with torch.no_grad():
             for mine, its in zip(twin.parameters(), model.parameters()):

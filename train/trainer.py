@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
 from zoo.extras import require
 from zoo.train.checkpoints import (
@@ -119,6 +120,10 @@ def train(
     objective = task.build(say)
     if recipe.channels_last:
         objective.model.to(memory_format=torch.channels_last)
+    if recipe.sync_bn and world > 1:
+        if not device.startswith("cuda"):
+            raise ValueError(f"sync_bn needs CUDA devices, this run is on {device}: leave it off")
+        objective.model = convert_sync_batchnorm(objective.model)
     sharded = recipe.parallel == "fsdp" and world > 1
     if sharded:
         shard(objective.model, device)

@@ -79,16 +79,25 @@ class PemCriterion(nn.Module):
         self.num_certain = int(num_points * importance_sample_ratio)
         self.draw = draw
 
-    def forward(self, output: PemOutput, targets: Sequence[Segments]) -> dict[str, Tensor]:
+    def forward(
+        self, output: PemOutput, targets: Sequence[Segments], draws: Sequence[Callable[..., Tensor]] | None = None
+    ) -> dict[str, Tensor]:
         """The weighted losses of a batch.
+
+        Args:
+            output: of the network.
+            targets: one for each image.
+            draws: instead of `draw`, one for each image: its points are then the same in any batch.
 
         Raises:
             ValueError: targets that do not fit the batch or the classes.
         """
-        losses = self.losses(output, targets)
+        losses = self.losses(output, targets, draws)
         return {name: self.weights["_".join(name.split("_")[:2])] * value for name, value in losses.items()}
 
-    def losses(self, output: PemOutput, targets: Sequence[Segments]) -> dict[str, Tensor]:
+    def losses(
+        self, output: PemOutput, targets: Sequence[Segments], draws: Sequence[Callable[..., Tensor]] | None = None
+    ) -> dict[str, Tensor]:
         """The losses without their weights."""
         self._check(output, targets)
         predictions = [(output.class_logits, output.mask_logits), *output.auxiliary]
@@ -97,11 +106,11 @@ class PemCriterion(nn.Module):
         dtype, device = predictions[0][1].dtype, predictions[0][1].device
         labels = [target.labels.to(device) for target in targets]
         masks = [target.masks.to(device, dtype) for target in targets]
-        draws = self._draw_points(predictions, labels, device, dtype)
-        pairs = self.match(predictions, labels, masks, draws)
+        points = self._draw_points(predictions, labels, draws, device, dtype)
+        pairs = self.match(predictions, labels, masks, points)
         count = self._count_segments(labels, device, dtype)
         losses: dict[str, Tensor] = {}
-        for i, (prediction, pair, drawn) in enumerate(zip(predictions, pairs, draws, strict=True)):
+        for i, (prediction, pair, drawn) in enumerate(zip(predictions, pairs, points, strict=True)):
             suffix = f"_{i - 1}" if i else ""
             losses[f"loss_ce{suffix}"] = self._class_loss(prediction[0], labels, pair)
             losses[f"loss_mask{suffix}"], losses[f"loss_dice{suffix}"] = self._mask_losses(
@@ -126,16 +135,25 @@ class PemCriterion(nn.Module):
         pairs = assign(costs)
         return [pairs[i : i + len(labels)] for i in range(0, len(pairs), len(labels))]
 
-    def _draw_points(self, predictions, labels, device, dtype) -> list[_Draws]:
+    def _draw_points(self, predictions, labels, draws, device, dtype) -> list[_Draws]:
         queries = predictions[0][0].shape[1]
-        matched = sum(min(len(each), queries) for each in labels)
-        shapes = [(1, self.num_points, 2)] * len(labels)
-        shapes += [(matched, self.num_candidates, 2), (matched, self.num_points - self.num_certain, 2)]
-        draws = []
+        matched = [min(len(each), queries) for each in labels]
+        rest = self.num_points - self.num_certain
+        result = []
         for _ in predictions:
-            points = [self.draw(shape, device=device).to(dtype) for shape in shapes]
-            draws.append(_Draws([each[0] for each in points[:-2]], *points[-2:]))
-        return draws
+            if draws is None:
+                shapes = [(1, self.num_points, 2)] * len(labels)
+                shapes += [(sum(matched), self.num_candidates, 2), (sum(matched), rest, 2)]
+                *matcher, candidates, uniform = (self.draw(shape, device=device).to(dtype) for shape in shapes)
+            else:
+                own = []
+                for draw, count in zip(draws, matched, strict=True):
+                    shapes = (1, self.num_points, 2), (count, self.num_candidates, 2), (count, rest, 2)
+                    own.append([draw(shape, device=device).to(dtype) for shape in shapes])
+                matcher = [points for points, _, _ in own]
+                candidates, uniform = (torch.cat([points[i] for points in own]) for i in (1, 2))
+            result.append(_Draws([each[0] for each in matcher], candidates, uniform))
+        return result
 
     def _class_loss(self, logits: Tensor, labels: Sequence[Tensor], pairs) -> Tensor:
         expected = torch.full(logits.shape[:2], self.num_classes, dtype=torch.long, device=logits.device)
@@ -143,7 +161,8 @@ class PemCriterion(nn.Module):
             expected[b, queries] = labels[b][segments]
         weight = logits.new_ones(self.num_classes + 1)
         weight[-1] = self.no_object_weight
-        return F.cross_entropy(logits.transpose(1, 2), expected, weight)
+        loss = F.cross_entropy(logits.transpose(1, 2), expected, weight, reduction="sum")
+        return loss / _over_processes(weight[expected].sum())
 
     def _mask_losses(self, logits: Tensor, masks: Sequence[Tensor], pairs, drawn: _Draws, count: Tensor):
         x = torch.cat([logits[b, queries] for b, (queries, _) in enumerate(pairs)])
@@ -170,10 +189,7 @@ class PemCriterion(nn.Module):
     def _count_segments(self, labels: Sequence[Tensor], device, dtype) -> Tensor:
         """Segments of a process's batch, averaged over the processes, at least 1."""
         count = torch.tensor(float(sum(len(each) for each in labels)), device=device, dtype=dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
-        return count.clamp(min=1)
+        return _over_processes(count).clamp(min=1)
 
     def _check(self, output: PemOutput, targets: Sequence[Segments]) -> None:
         if len(targets) != len(output.class_logits):
@@ -189,3 +205,11 @@ class PemCriterion(nn.Module):
             low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
             if low < 0 or high >= self.num_classes:
                 raise ValueError(f"target {i} has labels {low}..{high}, expected 0..{self.num_classes - 1}")
+
+
+def _over_processes(count: Tensor) -> Tensor:
+    """The mean over all processes, so that a step's loss does not depend on how many share its images."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count

@@ -122,24 +122,50 @@ def test_bf16_trains_a_detector_on_a_cpu(recipes):
 
 
 @pytest.mark.slow
-def test_two_processes_detect_as_one(recipes, tmp_path):
-    # one size, since a batch is padded to its largest image
+def test_two_processes_train_as_one(recipes, tmp_path, monkeypatch):
+    # one size, since a batch is padded to its largest image; no statistics of a batch
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
     sizes = dict(short_sides=(), jitter_scale=(1.0, 1.0), jitter_size=(64, 64))
-    recipe = recipes["detection"].replace(epochs=1, freeze_norm=True, **sizes)
-    train(recipe.replace(out=str(tmp_path / "one")), quiet=True, say=lambda _: None)
-    (tmp_path / "two.json").write_text(recipe.replace(out=str(tmp_path / "two")).to_json())
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zoo.tools.main"]
-    command = [sys.executable, *launch, "train", "--recipe", str(tmp_path / "two.json"), "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr[-2000:]
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+    shared = dict(epochs=1, freeze_norm=True)
+    chosen = {
+        "detection": recipes["detection"].replace(**shared, **sizes),
+        "segmentation": recipes["segmentation"].replace(**shared),
+        "superresolution": find_recipe("finetune_sr")(
+            data=str(COCO / "train2017"),
+            val_data=f"{recipes['detection'].data}/val2017",
+            epochs=1,
+            epoch_steps=2,
+            batch_size=4,
+            patch=16,
+            hr_shrink=6.0,
+            head_args={"depths": [1]},
+            workers=0,
+            device="cpu",
+        ),
+    }
+    for task, recipe in chosen.items():
+        train(recipe.replace(out=str(tmp_path / f"{task}_one")), quiet=True, say=lambda _: None)
+        parallel = "fsdp" if task == "segmentation" else "ddp"
+        two = recipe.replace(out=str(tmp_path / f"{task}_two"), parallel=parallel)
+        (tmp_path / f"{task}.json").write_text(two.to_json())
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import sys\nimport torch\nfrom zoo.train.recipes import load_recipe\nfrom zoo.train.trainer import train\n"
+        "torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)\n"
+        "for file in sys.argv[1:]:\n    train(load_recipe(file), quiet=True)\n"
     )
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)
-    weights = [load_file(tmp_path / name / "last.safetensors") for name in ("one", "two")]
-    for name, value in weights[0].items():  # sums in another order: equal up to rounding
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-4)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    files = [str(tmp_path / f"{task}.json") for task in chosen]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *launch, *files], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for task in chosen:
+        one, two = tmp_path / f"{task}_one", tmp_path / f"{task}_two"
+        losses = [json.loads((f / "history.jsonl").read_text().splitlines()[0])["loss"] for f in (one, two)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4), task
+        left, right = (load_file(folder / "last.safetensors") for folder in (one, two))
+        for name, value in left.items():  # sums in another order: equal up to rounding
+            torch.testing.assert_close(right[name], value, rtol=1e-3, atol=1e-4, msg=f"{task} {name}")
 
 
 @pytest.mark.slow

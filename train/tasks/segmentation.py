@@ -101,6 +101,7 @@ class Segmentation(Task):
             kind=recipe.kind,
             thresholds=self._thresholds,
             criterion_args=dict(num_points=recipe.loss_points),
+            seed=recipe.seed,
         )
 
     @property
