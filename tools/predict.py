@@ -32,28 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; pictures that cannot be read are named at the end and give status 1."""
+    if Path(args.weights).suffix == ".onnx":
+        return _run_onnx(args)
     if args.task in ("sr", "superresolution"):
         from zoo.tools import predict_sr
 
         return predict_sr.run(args, [Path(args.weights), *args.images])
-    if Path(args.weights).suffix == ".onnx":
-        return _run_onnx(args)
-    from zoo.tools.evaluate import load_classifier, task_of
+    from zoo.tools.subject import load_subject
 
-    recorded = task_of(args.weights)
-    if args.task and args.task != recorded:
-        raise ValueError(f"{args.weights} is a model of {recorded}, and --task is {args.task}: leave --task out")
-    is_file = Path(args.weights).suffix == ".safetensors" and Path(args.weights).is_file()
-    model = load_classifier(
-        argparse.Namespace(
-            weights=args.weights if is_file and not args.checkpoint else None,
-            model=args.weights,
-            checkpoint=args.checkpoint,
-            pretrained=args.pretrained,
-        )
-    )
+    subject = load_subject(args.weights, checkpoint=args.checkpoint, pretrained=args.pretrained)
+    if args.task and args.task != subject.task:
+        raise ValueError(f"{args.weights} is a model of {subject.task}, and --task is {args.task}: leave --task out")
+    model = subject.model
     multilabel = bool(getattr(model, "zoo_metadata", {}).get("multilabel"))
-    if recorded == "classification":
+    if subject.task == "classification":
         import zoo
 
         return report(
@@ -64,14 +56,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_onnx(args: argparse.Namespace) -> int:
-    from zoo.onnx_model import OnnxModel
+    from zoo.heads.onnx_model import open_model
 
     if args.checkpoint or args.pretrained:
         raise ValueError(f"{args.weights} has its weights: leave --checkpoint and --pretrained out")
-    model = OnnxModel(args.weights)
-    if args.task and args.task != model.task:
+    model = open_model(args.weights)
+    asked = "superresolution" if args.task == "sr" else args.task
+    if asked and asked != model.task:
         raise ValueError(f"{args.weights} is a model of {model.task}, and --task is {args.task}: leave --task out")
-    return report(args, lambda image: model.predict(image, topk=args.topk))
+    if model.task == "superresolution":
+        from zoo.tools import predict_sr
+
+        return predict_sr.run_onnx(args, model)
+    options = {"topk": args.topk} if model.task == "classification" else model.metadata.get("thresholds", {})
+    return report(args, lambda image: model.predict(image, **options))
 
 
 def report(args: argparse.Namespace, predict: Callable) -> int:
@@ -103,7 +101,7 @@ def report(args: argparse.Namespace, predict: Callable) -> int:
 
 def _options(model) -> dict:
     """How a detector or segmenter was evaluated when it was trained."""
-    described = model.zoo_metadata
+    described = getattr(model, "zoo_metadata", {})
     if described.get("task") != "segmentation":
         return {}
     short, long = described.get("test_size", (512, 2048))

@@ -84,6 +84,7 @@ def evaluate_superresolution(
     *,
     padding: str = "official",
     self_ensemble: bool = False,
+    border: int | None = None,
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Mean scores over whole pictures, and those of each (`psnr_y`, `ssim_y`, `psnr`, `ssim`).
 
@@ -92,10 +93,12 @@ def evaluate_superresolution(
         data: pairs uint8 (C, h, w) and (C, s*h, s*w); they may have any sizes.
         padding: "official" for the published protocol, "reflect" for the training-time one.
         self_ensemble: average the eight flips and transposes.
+        border: pixels that the scores leave out on each side; the scale by default.
     """
     from zoo.heads.craft.tiling import self_ensemble as ensemble
 
     model.eval()
+    border = model.scale if border is None else border
     device = next(model.parameters()).device
     scores = []
     for index in range(len(data)):
@@ -106,5 +109,5 @@ def evaluate_superresolution(
             return model.upscale(x, padding=padding)
 
         output = ensemble(enlarge, image) if self_ensemble else enlarge(image)
-        scores.append(sr_scores(as_picture(output[0]), high.permute(1, 2, 0).numpy(), model.scale))
+        scores.append(sr_scores(as_picture(output[0]), high.permute(1, 2, 0).numpy(), border))
     return mean_scores(scores), scores

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
 import zoo
 from zoo.extras import require
 from zoo.heads.craft.start import start_from_bicubic
-from zoo.imresize import imresize, to_uint8
 from zoo.saving import load_model, save_model
 from zoo.train.data.superresolution import SuperResolutionData, open_superresolution
 from zoo.train.loading import EpochSampler, EvaluationDataset, SeededDataset, make_loader
 from zoo.train.recipes.superresolution import SuperResolutionRecipe
 from zoo.train.reports import draw_curves
-from zoo.train.sr_metrics import mean_scores, sr_scores
+from zoo.train.sr_metrics import mean_scores
+from zoo.train.sr_reports import write_report
 from zoo.train.superresolution import SuperResolution as Objective
 from zoo.train.superresolution import evaluate_superresolution
 from zoo.train.tasks.base import Say, Task
@@ -131,21 +129,6 @@ class SuperResolution(Task):
         model = load_model(weights).to(device)
         data = self.val_set
         mean, scores = evaluate_superresolution(model, data, padding=self.recipe.val_padding)
-        plain = []
-        for i in range(len(data.pairs)):
-            low, high = data.picture(i)
-            plain.append(sr_scores(to_uint8(imresize(np.asarray(low), data.scale)), np.asarray(high), data.scale))
-        rows = [(Path(pair.high).name, b, s) for pair, b, s in zip(data.pairs, plain, scores)]
-        rows.append(("mean", mean_scores(plain), mean))
-        lines = ["| picture | bicubic PSNR / SSIM (Y) | trained |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {b['psnr_y']:.2f} / {b['ssim_y']:.4f} | {s['psnr_y']:.2f} / {s['ssim_y']:.4f} |"
-            for name, b, s in rows
-        ]
-        (folder / "results.md").write_text(f"# {title}\n\n" + "\n".join(lines) + "\n")
-        results = {name: {"bicubic": b, "trained": s} for name, b, s in rows}
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        low, _ = data.picture(0)
-        model.predict(np.asarray(low)).draw(np.asarray(low)).save(folder / "prediction.png")
+        table = write_report(model, data, scores, folder, title)
         draw_curves(folder / "history.jsonl", folder / "curves.png", self.metric)
-        return mean, "\n".join([*lines[:2], lines[-1]])
+        return mean, table
