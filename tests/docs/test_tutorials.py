@@ -50,8 +50,10 @@ def run(block: Block, folder: Path) -> str:
         AssertionError: it failed; the message holds the block and what it printed.
     """
     command = {"bash": ["bash", "-e", "-c", block.code], "python": [sys.executable, "-c", block.code]}[block.language]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    result = subprocess.run(command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    env["PYTHONPYCACHEPREFIX"] = str(folder.parent / "bytecode")  # compiled once for all blocks, outside of the sources
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     printed = result.stdout + result.stderr
     assert result.returncode == 0, f"{block.where} ended with status {result.returncode}:\n{block.code}\n{printed}"
     return printed
