@@ -1,11 +1,14 @@
 """Super-resolution: scores, pairs of pictures, crops, the objective, and a training that can be killed."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import zoo.saving
 from tests.parity.craft import sr_data
@@ -15,9 +18,10 @@ from zoo.images import read_image
 from zoo.imresize import imresize, shrink, to_uint8
 from zoo.train.data.superresolution import DataError, open_superresolution
 from zoo.train.loading import EpochSampler, SeededDataset, make_loader
-from zoo.train.sr_fit import fit
+from zoo.train.recipes import find_recipe
 from zoo.train.sr_metrics import luma, mean_scores, psnr, sr_scores, ssim
 from zoo.train.superresolution import SuperResolution, evaluate_superresolution
+from zoo.train.trainer import train
 
 DATA = "tests/data/clothing10/train"
 
@@ -180,40 +184,28 @@ def test_the_task_gives_l1_and_scores(folders):
     assert set(scores) == {"psnr", "ssim", "psnr_y", "ssim_y"}
 
 
-def test_a_killed_training_ends_with_the_same_weights(folders):
-    def run(out, steps):
-        torch.manual_seed(0)
-        model = start_from_bicubic(Craft(2, depths=(1,)))
-        data = open_superresolution(folders / "hr", 2, patch=16)
-        lines = []
-        options = dict(batch_size=2, interval=2, warmup=1, say=lines.append)
-        return fit(model, data, folders / out, steps=steps, **options), lines
-
-    def stop(step):
-        def say(line):
-            if line.startswith(f"step {step}"):
-                raise KeyboardInterrupt
-
-        return say
-
-    whole, _ = run("whole", 6)
-    torch.manual_seed(0)
-    model = start_from_bicubic(Craft(2, depths=(1,)))
-    data = open_superresolution(folders / "hr", 2, patch=16)
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, data, folders / "cut", steps=6, batch_size=2, interval=2, warmup=1, say=stop(4))
-    again, lines = run("cut", 6)
-    assert lines[0] == "continuing at step 4"
-    for a, b in zip(whole.parameters(), again.parameters()):
-        assert torch.equal(a, b)
-    steps = [json.loads(line)["step"] for line in (folders / "cut/history.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6]
+def test_a_run_that_lost_its_last_step_ends_with_the_same_weights(folders):
+    recipe = find_recipe("finetune_sr")(
+        data=str(folders / "hr"),
+        start="bicubic",
+        head_args={"depths": [1]},
+        patch=16,
+        batch_size=2,
+        epochs=1,
+        epoch_steps=3,
+        checkpoint_interval=1,
+        workers=0,
+        out=str(folders / "run"),
+    )
+    train(recipe, quiet=True, say=lambda line: None)
+    whole = load_file(folders / "run" / "last.safetensors")
+    (folders / "run" / "checkpoints" / "step_00000003.pth").unlink()
+    train(recipe, resume=True, quiet=True, say=lambda line: None)
+    again = load_file(folders / "run" / "last.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_the_engine_trains_evaluates_and_reports(folders, capsys):
-    from zoo.train.recipes import find_recipe
-    from zoo.train.trainer import train
-
     recipe = find_recipe("finetune-sr")(
         data=str(folders / "hr"),
         low=str(folders / "lr"),
@@ -239,8 +231,6 @@ def test_the_engine_trains_evaluates_and_reports(folders, capsys):
 
 
 def test_recipes_are_the_published_ones():
-    from zoo.train.recipes import find_recipe
-
     recipe = find_recipe("craft_x4")()
     assert recipe.epochs * recipe.epoch_steps == 500_000
     assert [m * recipe.epoch_steps for m in recipe.milestones] == [250_000, 400_000, 450_000, 475_000]
@@ -251,15 +241,24 @@ def test_recipes_are_the_published_ones():
 
 @pytest.mark.slow
 def test_training_beats_bicubic_on_photographs_it_has_not_seen(tmp_path):
-    torch.manual_seed(0)
-    model = start_from_bicubic(Craft(2, depths=(1,)))
-    data = open_superresolution(f"{DATA}/dress", 2, patch=24)
-    data.drop_small()
-    truth = [data.picture(i) for i in range(4)]
-    data.pairs = data.pairs[4:]
-    data._decoded = {}
-    pairs = [tuple(torch.from_numpy(v.transpose(2, 0, 1).copy()) for v in pair) for pair in truth]
-    before, _ = evaluate_superresolution(model, pairs)
-    average = fit(model, data, tmp_path, steps=60, batch_size=4, lr=1e-3, warmup=5, interval=60, say=lambda line: None)
-    after, _ = evaluate_superresolution(average, pairs)
-    assert after["psnr_y"] > before["psnr_y"] + 0.2
+    photographs = sorted(Path(f"{DATA}/dress").iterdir())
+    for name, part in (("train", photographs[4:]), ("val", photographs[:4])):
+        (tmp_path / name).mkdir()
+        for path in part:
+            shutil.copy(path, tmp_path / name)
+    recipe = find_recipe("craft_x2_small")(
+        data=str(tmp_path / "train"),
+        val_data=str(tmp_path / "val"),
+        head_args={"depths": [1]},
+        hr_shrink=1.0,
+        patch=32,
+        lr=1e-3,
+        epochs=1,
+        epoch_steps=60,
+        warmup_epochs=0.1,
+        workers=0,
+        out=str(tmp_path / "run"),
+    )
+    train(recipe, quiet=True, say=lambda line: None)
+    mean = json.loads((tmp_path / "run" / "results.json").read_text())["mean"]
+    assert mean["trained"]["psnr_y"] > mean["bicubic"]["psnr_y"] + 0.2
