@@ -1,10 +1,14 @@
-"""Detectors, segmenters and upscalers as ONNX files that say what they are: one door to each head's own exporter."""
+"""Detectors, segmenters and upscalers as ONNX files that say what they are: one door to each head's own exporter.
+
+`zoo.heads.onnx_model` reads them.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.exporting import METADATA_KEY, ExportError
+from zoo.exporting import METADATA_KEY, ExportError, _quiet, versions
 from zoo.extras import require
 from zoo.heads.craft.model import Craft
+from zoo.heads.detection import Detector
 from zoo.heads.detection_export import ExportedDetector
 from zoo.heads.detection_export import export_onnx as export_detector
-from zoo.heads.pem.export import PanopticNetwork, SemanticNetwork
+from zoo.heads.pem.export import MaskNetwork, SemanticNetwork
 from zoo.heads.pem.model import Pem
 from zoo.heads.rt_detr import RtDetr
+from zoo.prediction import resolve_class_names
 
 
 def export_head(
@@ -27,15 +33,23 @@ def export_head(
 ) -> str:
     """Write a detector, segmenter or upscaler as ONNX; one line about the file.
 
-    The file has the head's own inputs and outputs (`zoo.heads.detection_export`, `zoo.heads.pem.export`,
-    `zoo.heads.craft.export`) and a JSON text under "zoo": task, class names, sizes that it takes.
+    Inputs and outputs are
+    - of detectors, those of `zoo.heads.detection_export.ExportedDetector`: boxes, labels and scores, best first;
+    - of PEM for "semantic", those of `zoo.heads.pem.export.SemanticNetwork`: scores of every class and pixel; for
+      "panoptic" and "instance", those of `MaskNetwork`: the two tasks have one network and differ in what is made of
+      its queries, which depends on counts of each image and stays outside the graph;
+    - of CRAFT, images in 0..1 and the enlarged ones.
+
+    Beside them the file has a JSON text under the name "zoo": task, class names, preprocessing, thresholds and
+    `size_rule`, the sizes and the batch that it takes (`kind`, `multiple`, `least`, `most`, `batch`, `text`).
 
     Args:
-        model: what one of zoo's doors built.
+        model: what one of zoo's doors built; it is left as it is.
         path: file to write; it appears when it is complete and checked.
-        opset: of ONNX, at least 20 for segmenters.
+        opset: of ONNX, at least 20 for segmenters. Upscalers have the exporter's own.
         check: compare the scores with the model's at a size that was not traced.
-        tolerance: largest difference of scores (probabilities) that the check accepts.
+        tolerance: largest difference of scores (probabilities; of panoptic and instance masks: logits in units of
+            their standard deviation) that the check accepts.
         more: entries of JSON type for the file.
 
     Raises:
@@ -43,74 +57,156 @@ def export_head(
         ExportError: the file's results differ; no file is left.
     """
     onnx = require("onnx", extra="export")
+    require("onnxscript", extra="export")
     path = Path(path)
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     try:
-        described, worst = _write(model, temporary, opset, check)
+        with _quiet():
+            described, worst = _write(model, temporary, opset, check)
         if check and not worst <= tolerance:
             raise ExportError(f"{path} was not written: its results differ from the model's by {worst:.1e}")
-        described |= {"class_names": list(getattr(model, "class_names", None) or []), "opset": opset, **more}
+        proto = onnx.load(str(temporary))
+        used = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+        described |= {"precision": "float32", "opset": used, "versions": versions(), **more}
         if check:
             described["difference"] = worst
-        proto = onnx.load(str(temporary))
         onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(described)})
         onnx.save(proto, str(temporary))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     checked = f"largest difference {worst:.1e} at a size that was not traced" if check else "not checked"
-    return f"{path}: {path.stat().st_size / 1e6:.1f} MB, {described['task']}, {described['size_rule']}; {checked}"
+    return (
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {described['task']}, {described['size_rule']['text']}; {checked}"
+    )
+
+
+def size_rule(least: int, most: int | None, multiple: int = 1, batch: int | None = None) -> dict[str, Any]:
+    """Which images a graph takes: sides from `least` to `most` that are multiples of `multiple`; `batch` None: any."""
+    kind = "any" if (least, most, multiple) == (1, None, 1) else "range"
+    text = "any size" if kind == "any" else f"sides from {least} px"
+    text += f" to {most} px" if most else ""
+    text += f" that are multiples of {multiple}" if multiple > 1 else ""
+    text += f", {batch} image at a time" if batch else ""
+    return {"kind": kind, "least": least, "most": most, "multiple": multiple, "batch": batch, "text": text}
 
 
 def _write(model: nn.Module, path: Path, opset: int, check: bool) -> tuple[dict[str, Any], float]:
+    """What the file says about itself, and the difference found."""
     if isinstance(model, Craft):
-        from zoo.heads.craft.export import check_onnx, export_onnx
-
-        export_onnx(model, path, check=False)
-        described = {"task": "superresolution", "scale": model.scale, "size_rule": "any size", "input": "0..1"}
-        return described, check_onnx(model.eval(), path) if check else 0.0
+        return _write_upscaler(model, path, check)
     if isinstance(model, Pem):
-        network = (SemanticNetwork if model.task == "semantic" else PanopticNetwork)(copy.deepcopy(model)).eval()
-        free = torch.export.Dim.DYNAMIC
-        images = torch.randn(2, 3, 64, 96)
-        with torch.no_grad():
-            program = torch.onnx.export(
-                network,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=({0: free, 2: free, 3: free},),
-                opset_version=max(20, opset),
-                input_names=["images"],
-                verbose=False,
-            )
-        program.save(str(path))
-        described = {
-            "task": "segmentation",
-            "kind": model.task,
-            "outputs": "class scores" if model.task == "semantic" else "scores, labels, winner, inside, own",
-            "size_rule": "any size",
-            "input": "normalised",
-        }
-        return described, _difference(network, path, torch.randn(1, 3, 70, 90), 0) if check else 0.0
+        return _write_segmenter(model, path, opset, check)
+    if not isinstance(model, Detector):
+        raise TypeError(f"{type(model).__name__} cannot be exported: detectors, PEM and CRAFT can")
+    return _write_detector(model, path, opset, check)
+
+
+def _write_upscaler(model: Craft, path: Path, check: bool) -> tuple[dict[str, Any], float]:
+    from zoo.heads.craft.export import check_onnx, export_onnx
+
+    export_onnx(model, path, check=False)
+    described = {
+        "task": "superresolution",
+        "scale": model.scale,
+        "in_chans": model.in_chans,
+        "multiple": model.multiple,  # what `zoo.heads.craft.padding` pads to
+        "size_rule": size_rule(2, None),
+    }
+    return described, check_onnx(model, path) if check else 0.0
+
+
+def _write_segmenter(model: Pem, path: Path, opset: int, check: bool) -> tuple[dict[str, Any], float]:
+    semantic = model.task == "semantic"
+    network = (SemanticNetwork if semantic else MaskNetwork)(model).eval()
+    channels, free = getattr(model.backbone.backbone, "in_chans", 3), torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, channels, 64, 96),),
+            dynamo=True,
+            dynamic_shapes=({0: free, 2: free, 3: free},),
+            opset_version=max(20, opset),
+            input_names=["images"],
+            output_names=["scores"] if semantic else ["class_logits", "mask_logits"],
+            verbose=False,
+        )
+    program.save(str(path), external_data=False)
+    recorded = getattr(model, "zoo_metadata", None) or {}
+    short, long = recorded.get("test_size", (512, 2048))
+    described = {
+        "task": "segmentation",
+        "kind": model.task,
+        "class_names": list(resolve_class_names(model, model.num_classes)),
+        "thing_classes": list(model.thing_classes),
+        "thresholds": dict(recorded.get("thresholds") or {}),
+        "preprocessing": {
+            "in_chans": channels,
+            "mean": list(model.backbone.mean),
+            "std": list(model.backbone.std),
+            "size": short,
+            "max_size": long,
+        },
+        "divisor": model.divisor,
+        "size_rule": size_rule(1, None),
+    }
+    if not check:
+        return described, 0.0
+    images = torch.randn(1, channels, 70, 90, generator=torch.Generator().manual_seed(0))
+    return described, max(_differences(network, path, images, () if semantic else (0, 1)))
+
+
+def _write_detector(model: Detector, path: Path, opset: int, check: bool) -> tuple[dict[str, Any], float]:
     export_detector(model, path, opset=opset)
-    detr = isinstance(model, RtDetr)
+    channels = getattr(model.pyramid.backbone, "in_chans", 3)
+    if isinstance(model, RtDetr):
+        rule, resize = size_rule(160, 4096, 32), {"kind": "stretched", "size": list(model.size)}
+    else:
+        rule = size_rule(129, 4096, batch=1)
+        resize = {
+            "kind": "shorter side",
+            "size": _last(model.transform.min_size),
+            "max_size": model.transform.max_size,
+            "divisor": model.transform.size_divisible,  # padded to a multiple of it, with the mean colour
+            "mean": list(model.transform.image_mean),
+        }
+    recorded = getattr(model, "zoo_metadata", None) or {}
     described = {
         "task": "detection",
-        "size_rule": "sides that are multiples of 32 from 160 to 4096" if detr else "sides from 129 to 4096, one image",
-        "input": "0..1",
+        "head": model.head_name,
+        "class_names": list(resolve_class_names(model, model.num_classes)),
+        "category_ids": getattr(model, "category_ids", None) or recorded.get("category_ids"),
+        "preprocessing": {"in_chans": channels, **resize},
+        "size_rule": rule,
     }
-    images = torch.rand(1, 3, 192, 256)
-    return described, _difference(ExportedDetector(copy.deepcopy(model)).eval(), path, images, 2) if check else 0.0
+    if not check:
+        return described, 0.0
+    images = torch.rand(1, channels, 192, 256, generator=torch.Generator().manual_seed(0))
+    network = ExportedDetector(copy.deepcopy(model)).eval()
+    return described, _differences(network, path, images)[2]
 
 
-def _difference(network: nn.Module, path: Path, images: Tensor, output: int) -> float:
-    """Largest difference of one output from the runtime's."""
+def _last(sides: int | Sequence[int]) -> int:
+    """The one of several sides that evaluation takes."""
+    return sides if isinstance(sides, int) else sides[-1]
+
+
+def _differences(network: nn.Module, path: Path, images: Tensor, scaled: Sequence[int] = ()) -> list[float]:
+    """Largest difference of each output from the runtime's; those of `scaled` in units of its standard deviation."""
     from zoo.onnx_model import open_session
 
     with torch.no_grad():
         expected = network(images)
-    expected = expected[output] if isinstance(expected, tuple) else expected
-    given = open_session(path).run(None, {"images": images.numpy()})[output]
-    return float((torch.from_numpy(given) - expected).abs().max())
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    given = open_session(path).run(None, {"images": images.numpy()})
+    found = []
+    for number, (own, other) in enumerate(zip(expected, given, strict=True)):
+        other = torch.from_numpy(other)
+        if own.shape != other.shape:
+            found.append(float("inf"))
+            continue
+        scale = float(own.std()) if number in scaled else 1.0
+        found.append(float((other - own).abs().max()) / scale)
+    return found

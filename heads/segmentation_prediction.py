@@ -174,20 +174,32 @@ def predict(
 
 def prepare(model: Pem, picture: Image.Image, size: int | None, max_size: int) -> Tensor:
     """A picture as the network's input (1, C, H, W): resized (PIL, bilinear), normalised, on the model's device."""
-    picture = to_channels(picture, getattr(model.backbone.backbone, "in_chans", 3))
+    backbone = model.backbone
+    channels = getattr(backbone.backbone, "in_chans", 3)
+    device, dtype = model_placement(model)
+    return prepare_pixels(picture, channels, backbone.mean, backbone.std, size, max_size, device).to(dtype)
+
+
+def prepare_pixels(
+    picture: Image.Image,
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    size: int | None,
+    max_size: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A picture as float32 (1, C, H, W): resized (PIL, bilinear) and normalised."""
+    picture = to_channels(picture, channels)
     if size is not None:
         scale = size / min(picture.size)
         scale = min(scale, max_size / max(picture.size))
         target = tuple(max(1, round(side * scale)) for side in picture.size)
         picture = picture.resize(target, Image.Resampling.BILINEAR)
-    device, dtype = model_placement(model)
     pixels = torch.from_numpy(np.array(picture)).to(device)
     pixels = pixels.reshape(picture.height, picture.width, -1).permute(2, 0, 1)[None].to(torch.float32) / 255
-    mean, std = (
-        torch.tensor(values, device=device)[: pixels.shape[1]].view(1, -1, 1, 1)
-        for values in (model.backbone.mean, model.backbone.std)
-    )
-    return ((pixels - mean) / std).to(dtype)
+    mean, std = (torch.tensor(values, device=device)[:channels].view(1, -1, 1, 1) for values in (mean, std))
+    return (pixels - mean) / std
 
 
 def _run_network(model: Pem, pixels: Tensor, output: Size, source: ImageSource) -> tuple[Tensor, Tensor, Geometry]:

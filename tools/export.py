@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--static-size", dest="dynamic_size", action="store_false", help="one image size")
     parser.add_argument("--no-fold", action="store_true", help="leave the model as it was trained")
     parser.add_argument("--opset", type=int, default=20, help="of ONNX")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference, in std of the outputs")
+    parser.add_argument("--tolerance", type=float, help="largest difference, in std of the outputs (default: 1e-4)")
     parser.add_argument("--no-check", action="store_true", help="do not run the files")
     parser.add_argument("--images", nargs="+", type=Path, default=[], help="pictures or folders for the check")
 
@@ -57,14 +57,9 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}: pass at least 1")
     model, source = _load(args)
-    jobs = plan(args, model)
-    if not hasattr(model, "num_classes") or getattr(model, "zoo_door", None) is not None:
-        from zoo.heads.exporting import export_head
-
-        if [(form, precision) for form, precision, _ in jobs] != [("onnx", "float32")]:
-            raise ValueError("detectors, segmenters and upscalers export to ONNX in float32 alone")
-        print(export_head(model, jobs[0][2], opset=args.opset, check=not args.no_check, **source))
-        return 0
+    jobs = plan(args)
+    if getattr(model, "zoo_door", None) is not None:
+        return _export_head(args, model, jobs, source)
     from zoo.exporting import export_onnx, export_program
 
     common = dict(
@@ -72,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         dynamic_size=args.dynamic_size,
         folded=not args.no_fold,
-        tolerance=args.tolerance,
+        tolerance=1e-4 if args.tolerance is None else args.tolerance,
         check=not args.no_check,
         images=find_pictures(args.images)[:32],
         **source,
@@ -87,7 +82,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan(args: argparse.Namespace, model) -> list[tuple[str, str, Path]]:
+def _export_head(args: argparse.Namespace, model, jobs: list[tuple[str, str, Path]], source: dict[str, str]) -> int:
+    """A detector, segmenter or upscaler."""
+    from zoo.heads.exporting import export_head
+
+    if [(form, precision) for form, precision, _ in jobs] != [("onnx", "float32")]:
+        raise ValueError("detectors, segmenters and upscalers export to ONNX in float32 alone")
+    fixed = {
+        "--img-size": args.img_size,
+        "--batch-size": args.batch_size,
+        "--static-size": not args.dynamic_size,
+        "--no-fold": args.no_fold,
+        "--images": args.images,
+    }
+    given = [name for name, value in fixed.items() if value]
+    if given:
+        raise ValueError(f"{given[0]} is for classifiers: detectors, segmenters and upscalers are exported in one form")
+    tolerance = {} if args.tolerance is None else {"tolerance": args.tolerance}
+    print(export_head(model, jobs[0][2], opset=args.opset, check=not args.no_check, **tolerance, **source))
+    return 0
+
+
+def plan(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
     """(format, precision, file) of everything to write.
 
     Raises:

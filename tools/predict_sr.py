@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -40,13 +41,41 @@ def run(args: argparse.Namespace, paths: list[Path]) -> int:
         ValueError: no output, an output that is there already, or arguments that do not fit.
     """
     import torch
-    from tqdm import tqdm
 
-    from zoo.heads.craft.pictures import check_format, read_picture, upscale_picture
-    from zoo.images import ImageError
+    from zoo.heads.craft.pictures import upscale_picture
 
+    jobs = _jobs(args, paths)
+    model = _build(args)
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = dict(
+        padding=args.padding,
+        tile=args.tile,
+        overlap=args.overlap,
+        max_memory=args.max_memory,
+        ensemble=args.self_ensemble,
+    )
+    return _enlarge(jobs, model.scale, lambda picture, **said: upscale_picture(model, picture, **options, **said))
+
+
+def run_onnx(args: argparse.Namespace, model) -> int:
+    """`run` with an upscaler that `zoo export` wrote: `zoo predict model.onnx IN [IN ...] OUT`."""
+    for name, value in (
+        ("--max-memory", args.max_memory),
+        ("--shift-mask", args.shift_mask),
+        ("--device", args.device),
+    ):
+        if value and value != "cpu":
+            raise ValueError(f"{name} is not for ONNX files: leave it out (--tile bounds their memory)")
+    if args.scale not in (None, model.scale):
+        raise ValueError(f"{args.weights} enlarges by {model.scale}, and --scale is {args.scale}: leave it out")
+    options = dict(padding=args.padding, tile=args.tile, overlap=args.overlap, ensemble=args.self_ensemble)
+    jobs = _jobs(args, args.images)
+    return _enlarge(jobs, model.scale, lambda picture, **_: model.upscale_picture(picture, **options))
+
+
+def _jobs(args: argparse.Namespace, paths: list[Path]) -> list[tuple[Path, Path]]:
     if len(paths) < 2:
-        raise ValueError("--task sr takes a picture or folders and, last, the file or folder to write: IN OUT")
+        raise ValueError("an upscaler takes a picture or folders and, last, the file or folder to write: IN OUT")
     *sources, out = paths
     jobs = plan_files(sources, out)
     if not args.force:
@@ -54,9 +83,15 @@ def run(args: argparse.Namespace, paths: list[Path]) -> int:
         if there:
             more = f" and {len(there) - 1} more" if len(there) > 1 else ""
             raise ValueError(f"{there[0]}{more} exist already: choose another name, or pass --force to overwrite")
-    model = _build(args)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    return jobs
+
+
+def _enlarge(jobs: list[tuple[Path, Path]], scale: int, upscale: Callable) -> int:
+    from tqdm import tqdm
+
+    from zoo.heads.craft.pictures import check_format, read_picture
+    from zoo.images import ImageError
+
     failed = []
     for source, target in jobs:
         bar = tqdm(
@@ -64,15 +99,9 @@ def run(args: argparse.Namespace, paths: list[Path]) -> int:
         )
         try:
             picture = read_picture(source)
-            check_format(target, picture, model.scale)
-            result = upscale_picture(
-                model,
+            check_format(target, picture, scale)
+            result = upscale(
                 picture,
-                padding=args.padding,
-                tile=args.tile,
-                overlap=args.overlap,
-                max_memory=args.max_memory,
-                ensemble=args.self_ensemble,
                 step=lambda share: bar.update(100 * share),  # noqa: B023 - called within this turn
                 say=lambda line: tqdm.write(f"{source}: {line}", file=sys.stderr),  # noqa: B023
             )

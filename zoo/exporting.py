@@ -232,10 +232,6 @@ def describe(
     model: nn.Module, transform: EvalTransform, rule: SizeRule, class_names: Sequence[str] | None, **more: Any
 ) -> dict[str, Any]:
     """What a file says about itself: task, model, class names, preprocessing, sizes, versions."""
-    import timm
-
-    import zoo
-
     recorded = getattr(model, "zoo_metadata", None) or {}
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return {
@@ -252,9 +248,18 @@ def describe(
             "crop_mode": transform.crop_mode,
         },
         "size_rule": asdict(rule) | {"text": str(rule)},
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "versions": versions(),
         **more,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of zoo, PyTorch and timm."""
+    import timm
+
+    import zoo
+
+    return {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__}
 
 
 # What is exported

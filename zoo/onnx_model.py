@@ -100,7 +100,9 @@ class OnnxModel:
             ValueError: the file is no classifier, an argument is out of range, or the scores are not finite.
         """
         if self.task != "classification":
-            raise ValueError(f"{self.path} is a model of {self.task}: classifiers alone predict from ONNX files")
+            raise ValueError(
+                f"{self.path} is a model of {self.task}: use zoo predict, or zoo.heads.onnx_model.open_model"
+            )
         if topk < 1:
             raise ValueError(f"topk is {topk}, expected at least 1")
         transform, multilabel = self.transform(), bool(self.metadata.get("multilabel"))

@@ -375,25 +375,39 @@ def upscale_picture(model: Craft, source: ImageSource | Picture, **options) -> P
         ImageError: it cannot be read.
         ValueError: the model takes another number of channels.
     """
-    picture = source if isinstance(source, Picture) else read_picture(source)
     like = model.conv_first.weight
+    return enlarge_picture(
+        lambda x: enlarge(model, x.to(like.device, like.dtype), **options), source, model.in_chans, model.scale
+    )
+
+
+def enlarge_picture(
+    run: Callable[[Tensor], Tensor], source: ImageSource | Picture, in_chans: int, scale: int
+) -> Picture:
+    """Enlarge a picture by any function from (B, C, H, W) in 0..1 to (B, C, scale*H, scale*W).
+
+    Raises:
+        ImageError: it cannot be read.
+        ValueError: the function takes another number of channels than pictures have.
+    """
+    picture = source if isinstance(source, Picture) else read_picture(source)
     x = picture.tensor()
     grey = x.shape[1] == 1
-    if model.in_chans == 3:
+    if in_chans == 3:
         x = x.expand(-1, 3, -1, -1)
-    elif model.in_chans == 1:
+    elif in_chans == 1:
         x = x.transpose(0, 1)  # each colour is a grey picture of its own
     else:
-        raise ValueError(f"the model takes images of {model.in_chans} channels, and pictures have 1 or 3")
-    y = enlarge(model, x.to(like.device, like.dtype), **options)
-    if model.in_chans == 1:
+        raise ValueError(f"the model takes images of {in_chans} channels, and pictures have 1 or 3")
+    y = run(x)
+    if in_chans == 1:
         y = y.transpose(0, 1)
     elif grey:
         y = (y * torch.tensor(_LUMA, device=y.device, dtype=y.dtype).reshape(3, 1, 1)).sum(1, keepdim=True)
     values = _quantised(y[0], picture.values.dtype)
     alpha = None
     if picture.alpha is not None:
-        alpha = to_uint8(imresize(picture.alpha, model.scale))
+        alpha = to_uint8(imresize(picture.alpha, scale))
     return Picture(values[..., 0] if grey else values, alpha, picture.name, picture.metadata)
 
 

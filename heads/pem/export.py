@@ -58,6 +58,23 @@ class PanopticNetwork(nn.Module):
         return scores, labels, winner, inside, in_mask.sum((2, 3))
 
 
+class MaskNetwork(nn.Module):
+    """Normalised images (B, C, H, W) -> class logits (B, Q, K + 1) and mask logits (B, Q, h, w) of the padded images.
+
+    What `zoo.heads.pem.postprocess` makes instances and panoptic maps of at the picture's own size. The masks are as
+    small as the network makes them.
+    """
+
+    def __init__(self, model: Pem):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        output = self.model(images)
+        return output.class_logits, output.mask_logits
+
+
 def _full_size(model: Pem, images: Tensor) -> tuple[Tensor, Tensor]:
     """Class logits and mask probabilities (B, Q, H, W) at the images' size."""
     H, W = images.shape[-2:]
