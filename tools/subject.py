@@ -55,8 +55,7 @@ def task_of(weights: str | None) -> str:
     if not weights or not str(weights).endswith(".safetensors") or not Path(weights).is_file():
         return "classification"
     described = read_metadata(weights)
-    task = described.get("task") or _DOOR_TASKS.get(described.get("door"), "classification")
-    return {"sr": "superresolution"}.get(task, task)
+    return _DOOR_TASKS.get(described.get("door")) or described.get("task") or "classification"
 
 
 def load_subject(
@@ -124,8 +123,9 @@ def _released(model: str, arguments: Mapping[str, Any] | None, img_size: int | N
         subject = _from_file(obtain(entry.model, entry), entry.name, arguments, img_size)
         subject.weights = entry
     else:
-        if not is_model(base):
-            raise ValueError(f"the manifest has no weights called {model}: `zoo weights list` names them")
+        tagged = get_pretrained_cfg(model, allow_unregistered=True) if is_model(base) else None
+        if not is_model(base) or ("." in model and (tagged is None or tagged.tag != tag)):
+            raise ValueError(f"no released weights are called {model}: `zoo weights list` names those of zoo's models")
         network = _sized(
             lambda **size: timm.create_model(model, pretrained=True, **(arguments or {}), **size), img_size
         )
