@@ -15,13 +15,9 @@ that a subset of them scores correctly. CSV: `labels.csv` with a column `image` 
 from __future__ import annotations
 
 import copy
-import csv
 import functools
-import hashlib
-import io
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +31,10 @@ from torch.utils.data import Dataset
 
 from zoo.images import read_image
 from zoo.train.data.checks import DataReport, check_dataset
+from zoo.train.data.classification_csv import find_csv, open_csv
 from zoo.train.data.errors import BadFile, DataError, DataNotFoundError
+from zoo.train.data.names import SPLIT_FOLDERS, held_out, natural_key, shorten, unique_classes
+from zoo.train.data.paths import PathList
 from zoo.train.data.tars import class_names, has_tars, list_tars
 from zoo.train.data.transforms import TrainTransform, build_transforms
 
@@ -60,15 +59,6 @@ IMAGE_EXTENSIONS = frozenset({
 # fmt: on
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
 _WNID = re.compile(r"n\d{8}")
-# what people call the folder of a split; the first that exists is taken
-_SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "test", "testing"),
-    "test": ("test", "testing"),
-}
-_IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name", "image_id", "img", "id")
-_LABEL_COLUMNS = ("label", "class", "target", "class_name")
-_SPLIT_COLUMNS = ("split", "subset", "fold")
 
 
 class ClassificationData(Dataset):
@@ -163,37 +153,6 @@ class ClassificationData(Dataset):
         return f"ClassificationData({self.root}, {self.split}: {len(self)} pictures, {kind}{len(self.classes)} classes)"
 
 
-class PathList(Sequence):
-    """Paths in one buffer: a list of a million strings is copied into every worker as its counts are touched."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._buffer = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        start = self._ends[position - 1] if position else 0
-        return os.fsdecode(self._buffer[start : self._ends[position]].tobytes())
-
-    def take(self, indices: Iterable[int]) -> PathList:
-        """These paths, in this order."""
-        return PathList([self[i] for i in indices])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return f"PathList({len(self)} paths)"
-
-
 def open_classification(
     root: str | os.PathLike,
     split: str = "train",
@@ -234,11 +193,14 @@ def open_classification(
     in_tars = kind in ("auto", "imagenet") and has_tars(root)
     if root.is_file() and not in_tars and root.suffix.lower() not in (".csv", ".tsv"):
         raise DataError(f"{root} is a file: pass a folder of class folders or a CSV, or a .tar (unpack other archives)")
-    listing = _find_csv(root, split) if kind in ("auto", "csv") else None
+    listing = find_csv(root, split) if kind in ("auto", "csv") else None
     if in_tars:
         data = _open_tars(root, split, kind, classes, val_fraction, seed)
     elif listing is not None:
-        data = _open_csv(listing, split, classes, val_fraction, seed)
+        found = open_csv(listing, split, classes, val_fraction, seed)
+        data = ClassificationData(
+            found.paths, found.targets, found.classes, multilabel=found.multilabel, notes=found.notes
+        )
     elif kind == "csv":
         raise DataNotFoundError(f"no labels.csv or {split}.csv in {root}")
     else:
@@ -278,7 +240,7 @@ def _open_folders(
         targets += [index_of[name]] * len(found)
         relative += [Path(path).relative_to(base).as_posix() for path in found]
     if not own_split:
-        keep = _held_out(relative, targets, val_fraction, seed) == (split == "val")
+        keep = held_out(relative, targets, val_fraction, seed) == (split == "val")
         paths = [path for path, kept in zip(paths, keep, strict=True) if kept]
         targets = [target for target, kept in zip(targets, keep, strict=True) if kept]
     return ClassificationData(paths, targets, shown, keys=keys, left_out=left_out, notes=notes)
@@ -289,7 +251,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, bool, list[str]]:
     found = _find_split(root, split)
     train = _find_split(root, "train")
     if found is not None:
-        aliases = _SPLIT_FOLDERS.get(split, ())
+        aliases = SPLIT_FOLDERS.get(split, ())
         odd = split == "val" and found.name.lower() in ("test", "testing")
         notes = [f"validation uses {found.name}/, there is no val/ in {root}"] if odd else []
         if split == "train" and _find_split(root, "val") is None:
@@ -297,7 +259,7 @@ def _split_folder(root: Path, split: str) -> tuple[Path, bool, list[str]]:
         return found, True, notes if aliases or notes else []
     if split == "val" and train is not None:
         return train, False, [f"part of {train.name}/ is held out, there is no val/ in {root}"]
-    there = [name for other in _SPLIT_FOLDERS if (name := _find_split(root, other)) is not None]
+    there = [name for other in SPLIT_FOLDERS if (name := _find_split(root, other)) is not None]
     if there or split not in ("train", "val"):
         names = ", ".join(sorted({f"{folder.name}/" for folder in there})) or "class folders without splits"
         raise DataNotFoundError(f"no split {split!r} in {root}, which has {names}")
@@ -307,8 +269,8 @@ def _split_folder(root: Path, split: str) -> tuple[Path, bool, list[str]]:
 def _find_split(root: Path, split: str) -> Path | None:
     """The folder of a split, unless the folders with such names are classes: pictures in them, no folders."""
     named = {entry.name.lower(): Path(entry.path) for entry in os.scandir(root) if entry.is_dir()}
-    names = _SPLIT_FOLDERS.get(split, (split.lower(),))
-    known = {*names, *(name for aliases in _SPLIT_FOLDERS.values() for name in aliases)}
+    names = SPLIT_FOLDERS.get(split, (split.lower(),))
+    known = {*names, *(name for aliases in SPLIT_FOLDERS.values() for name in aliases)}
     folders = [folder for name, folder in named.items() if name in known]
     if not any(map(_class_folders, folders)) and any(map(_has_images, folders)):
         return None
@@ -338,7 +300,7 @@ def _number_classes(
 ) -> tuple[list[str], list[str]]:
     """The folder name and the shown name of each class index."""
     if classes is not None and set(names) <= set(classes):
-        return _unique(classes), list(classes)
+        return unique_classes(classes), list(classes)
     wnids, descriptions = imagenet_classes()
     foreign = [name for name in names if name not in wnids]
     if kind == "imagenet" or (kind == "auto" and not foreign and all(_WNID.fullmatch(name) for name in names)):
@@ -354,11 +316,11 @@ def _number_classes(
         return list(wnids), list(classes or descriptions)
     if classes is not None:
         stranger = next(name for name in names if name not in set(classes))
-        raise DataError(f"folder {stranger!r} in {base} is none of the {len(classes)} classes: {_shorten(classes)}")
+        raise DataError(f"folder {stranger!r} in {base} is none of the {len(classes)} classes: {shorten(classes)}")
     stranger = next((name for name in names if name not in set(known)), None)
     if stranger is not None:
         raise DataError(
-            f"folder {stranger!r} in {base} is not among the training classes ({_shorten(sorted(known))}): rename "
+            f"folder {stranger!r} in {base} is not among the training classes ({shorten(sorted(known))}): rename "
             "or remove it"
         )
     return names, names
@@ -397,34 +359,12 @@ def _walk(folder: str, found: list[str], left_out: list[BadFile], above: frozens
             left_out.append(BadFile(entry.path, "not a picture by its name"))
 
 
-def natural_key(name: str) -> tuple:
-    """Sorts "img2" before "img10", and without regard to case first."""
-    parts = re.split(r"([0-9]+)", name.lower())
-    return ([int(part) if index % 2 else part for index, part in enumerate(parts)], name)
-
-
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
 def _has_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not _is_hidden(name)
-
-
-def _held_out(names: Sequence[str], groups: Sequence[int], fraction: float, seed: int) -> np.ndarray:
-    """Which pictures are for validation: of each group the share `fraction`, by the hash of seed and name.
-
-    A group of one stays in training. The choice for a picture hardly changes when others are added.
-    """
-    rank = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
-    members: dict[int, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(int(group), []).append(index)
-    held = np.zeros(len(names), dtype=bool)
-    for indices in members.values():
-        count = min(len(indices) - 1, max(1, round(fraction * len(indices)))) if fraction else 0
-        held[sorted(indices, key=lambda index: rank[index])[:count]] = True
-    return held
 
 
 # Tar files
@@ -454,197 +394,9 @@ def _open_tars(
     if listing.own_split:
         return data
     base = f"{root if root.is_dir() else root.parent}/"
-    held = _held_out([str(path).removeprefix(base) for path in listing.paths], targets, val_fraction, seed)
+    held = held_out([str(path).removeprefix(base) for path in listing.paths], targets, val_fraction, seed)
     data.notes.append(f"{root} has no tar files for validation: a part of each class is held out")
     return data.select(np.flatnonzero(held == (split == "val")))
-
-
-# CSV
-
-
-def _find_csv(root: Path, split: str) -> Path | None:
-    if root.is_file():
-        return root
-    names = [*_SPLIT_FOLDERS.get(split, (split,))]
-    candidates = [f"{name}.csv" for name in names] + ["labels.csv"] + [f"{name}/labels.csv" for name in names]
-    return next((root / name for name in candidates if (root / name).is_file()), None)
-
-
-def _open_csv(
-    file: Path, split: str, classes: Sequence[str] | None, val_fraction: float, seed: int
-) -> ClassificationData:
-    table = _read_csv(file)
-    image_column = _column(table.header, _IMAGE_COLUMNS)
-    if image_column is None:
-        raise DataError(f"{file} has no column 'image'; its columns are: {', '.join(table.header)}")
-    split_column = _column(table.header, _SPLIT_COLUMNS)
-    label_column = _column(table.header, _LABEL_COLUMNS)
-    many_column = _column(table.header, ("labels", "classes", "tags"))
-    used = {image_column, split_column}
-    if many_column is not None:
-        labels = [[label.strip() for label in row[many_column].split("|") if label.strip()] for _, row in table.rows]
-        multilabel = True
-    elif label_column is not None:
-        labels = [[row[label_column].strip()] for _, row in table.rows]
-        empty = next((line for (line, _), (label,) in zip(table.rows, labels, strict=True) if not label), None)
-        if empty is not None:
-            raise DataError(f"{file} line {empty} has no label in the column {table.header[label_column]!r}")
-        multilabel = False
-    else:
-        own = [index for index in range(len(table.header)) if index not in used]
-        if not own:
-            raise DataError(f"{file} has no labels: add a column 'label', 'labels' (a|b), or one 0/1 column a class")
-        labels = [_flags(file, table.header, line, row, own) for line, row in table.rows]
-        multilabel = True
-        if classes is None:
-            classes = [table.header[index] for index in own]
-    if classes is None:
-        classes = _csv_classes(file, split, labels)
-    classes = _unique(classes)
-    index_of = {name: index for index, name in enumerate(classes)}
-    targets = np.zeros((len(labels), len(classes) if multilabel else 1), dtype=np.int64)
-    for position, ((line, _), own_labels) in enumerate(zip(table.rows, labels, strict=True)):
-        for label in own_labels:
-            if label not in index_of:
-                raise DataError(
-                    f"{file} line {line} has the label {label!r}, none of the {len(classes)} classes: "
-                    f"{_shorten(classes)}"
-                )
-            if multilabel:
-                targets[position, index_of[label]] = 1
-            else:
-                targets[position, 0] = index_of[label]
-    names = [row[image_column].strip() for _, row in table.rows]
-    _refuse_repeated(file, names, [line for line, _ in table.rows])
-    keep, notes = _csv_split(file, split, table, split_column, names, targets, multilabel, val_fraction, seed)
-    places = _image_folders(file, split)
-    paths = [_locate(places, name) for name, kept in zip(names, keep, strict=True) if kept]
-    targets = targets[keep] if multilabel else targets[keep, 0]
-    return ClassificationData(paths, targets, classes, multilabel=multilabel, notes=notes)
-
-
-class _Table:
-    """The header of a CSV and its rows with their line numbers."""
-
-    def __init__(self, header: list[str], rows: list[tuple[int, list[str]]]) -> None:
-        self.header, self.rows = header, rows
-
-
-def _read_csv(file: Path) -> _Table:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    if len(rows) < 2:
-        raise DataError(f"{file} has no rows: expected a header and one row a picture")
-    header = [name.strip() for name in rows[0][1]]
-    double = next((name for name, count in Counter(header).items() if count > 1), None)
-    if double is not None:
-        raise DataError(f"{file} has two columns named {double!r}")
-    for line, row in rows[1:]:
-        if len(row) != len(header):
-            raise DataError(f"{file} line {line} has {len(row)} values for {len(header)} columns")
-    return _Table(header, rows[1:])
-
-
-def _column(header: list[str], names: Sequence[str]) -> int | None:
-    lowered = [name.lower() for name in header]
-    return next((lowered.index(name) for name in names if name in lowered), None)
-
-
-def _flags(file: Path, header: list[str], line: int, row: list[str], columns: list[int]) -> list[str]:
-    labels = []
-    for column in columns:
-        value = row[column].strip()
-        if value in ("1", "1.0"):
-            labels.append(header[column])
-        elif value not in ("0", "0.0"):
-            raise DataError(f"{file} line {line} has {value!r} in the class column {header[column]!r}, expected 0 or 1")
-    return labels
-
-
-def _csv_classes(file: Path, split: str, labels: list[list[str]]) -> list[str]:
-    """The labels that occur, those of the training list where `file` is another split's."""
-    names = {label for own in labels for label in own}
-    if file.stem.lower() in _SPLIT_FOLDERS.get(split, (split,)) and split != "train":
-        train = next((file.with_name(f"{name}.csv") for name in _SPLIT_FOLDERS["train"]), None)
-        if train is not None and train.is_file():
-            return open_classification(train, "train", val_fraction=0).classes
-    if not names:
-        raise DataError(f"{file} has no label in any row")
-    return sorted(names, key=natural_key)
-
-
-def _csv_split(
-    file: Path,
-    split: str,
-    table: _Table,
-    column: int | None,
-    names: list[str],
-    targets: np.ndarray,
-    multilabel: bool,
-    val_fraction: float,
-    seed: int,
-) -> tuple[np.ndarray, list[str]]:
-    """Which rows belong to the split: by the split column, the file's own name, or held out by hash."""
-    if column is not None:
-        values = [row[column].strip().lower() for _, row in table.rows]
-        for name in _SPLIT_FOLDERS.get(split, (split.lower(),)):
-            if name in values:
-                return np.array([value == name for value in values]), []
-        there = ", ".join(sorted(set(values)))
-        raise DataNotFoundError(f"no split {split!r} in {file}, whose column {table.header[column]!r} has {there}")
-    own_names = {name for aliases in _SPLIT_FOLDERS.values() for name in aliases} | {split.lower()}
-    others = [file.with_name(f"{name}.csv") for name in _SPLIT_FOLDERS["val"]]
-    in_folder = file.stem.lower() == "labels" and file.parent.name.lower() in own_names
-    if in_folder or (file.stem.lower() in own_names and (split != "train" or any(o.is_file() for o in others))):
-        return np.ones(len(names), dtype=bool), []
-    if split not in ("train", "val"):
-        raise DataNotFoundError(f"no split {split!r} in {file}: add a column 'split' or a file {split}.csv")
-    if multilabel:  # keep rare classes on both sides: a row counts for the rarest class that it has
-        counts = targets.sum(0)
-        groups = [min(row.nonzero()[0], key=lambda index: counts[index], default=-1) for row in targets]
-    else:
-        groups = targets[:, 0]
-    held = _held_out(names, groups, val_fraction, seed)
-    return held == (split == "val"), [f"part of {file.name} is held out for validation, it has no column 'split'"]
-
-
-def _refuse_repeated(file: Path, names: list[str], lines: list[int]) -> None:
-    first: dict[str, int] = {}
-    for name, line in zip(names, lines, strict=True):
-        if not name:
-            raise DataError(f"{file} line {line} names no picture")
-        if name in first:
-            raise DataError(f"{file} names {name} twice, in lines {first[name]} and {line}: keep one row a picture")
-        first[name] = line
-
-
-def _image_folders(file: Path, split: str) -> list[Path]:
-    base = file.parent
-    names = ["", "images", *_SPLIT_FOLDERS.get(split, (split,))]
-    return [folder for name in names if (folder := base / name).is_dir()]
-
-
-def _locate(folders: list[Path], name: str) -> str:
-    """The picture's path; in the CSV's own folder if it is nowhere, where reading it will say so."""
-    places = [folder / name for folder in folders]
-    return os.fspath(next((place for place in places if place.is_file()), places[0]))
-
-
-def _unique(classes: Sequence[str]) -> list[str]:
-    double = next((name for name, count in Counter(classes).items() if count > 1), None)
-    if double is not None:
-        raise DataError(f"the class {double!r} is listed twice: class names are keys and must differ")
-    return list(classes)
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f", and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _left_out_hint(left_out: Sequence[BadFile]) -> str:

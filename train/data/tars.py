@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from zoo.train.data.errors import BadFile, DataError, DataNotFoundError
+from zoo.train.data.paths import PathList
 
 _SPLIT = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?=[-_.\d]|$)", re.IGNORECASE)
 _SAME = {"training": "train", "valid": "val", "validation": "val"}
@@ -100,8 +101,6 @@ class TarPaths(Sequence):
     """Places of pictures in a few arrays, so that worker processes share them at any size."""
 
     def __init__(self, tars: Sequence[str], tar: np.ndarray, names: Sequence[str], offsets: np.ndarray, sizes):
-        from zoo.train.data.classification import PathList
-
         self.tars, self._tar = list(tars), np.asarray(tar, dtype=np.int32)
         self._names = names if isinstance(names, PathList) else PathList(names)
         self._offsets, self._sizes = np.asarray(offsets, dtype=np.int64), np.asarray(sizes, dtype=np.int64)
