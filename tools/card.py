@@ -88,11 +88,13 @@ def make_card(name: str, results: Sequence[Record] = ()) -> str:
     """
     from timm.models import is_model
 
+    from zoo.tools.recognition import has_tag
+
     base, _, tag = name.partition(".")
     weights = find_weights(name)
     if weights is None and not is_model(base):
         raise ValueError(f"no model is called {name!r}: `zoo list` and `zoo weights list` name them")
-    if weights is None and tag and not _timm_tag(base, tag):
+    if weights is None and tag and not has_tag(base, tag):
         there = ", ".join(w.tag for w in known_weights() if w.model == base) or "none"
         raise ValueError(f"{base} has no weights with the tag {tag!r}: the manifest has {there}")
     tag = weights.tag if weights else tag
@@ -111,16 +113,6 @@ def make_card(name: str, results: Sequence[Record] = ()) -> str:
         _limitations(base, weights, own),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _timm_tag(model: str, tag: str) -> bool:
-    from zoo.tools.recognition import name_candidate
-
-    try:
-        name_candidate(f"{model}.{tag}")
-    except ValueError:
-        return False
-    return True
 
 
 def _newest(records: list[Record]) -> list[Record]:
@@ -345,15 +337,10 @@ def _use(model: str, weights: Weights | None) -> str:
 
 
 def _timm_name(model: str, weights: Weights | None) -> str:
-    tagged = weights is not None and _timm_tag_registered(model, weights.tag)
+    from zoo.tools.recognition import has_tag
+
+    tagged = weights is not None and has_tag(model, weights.tag)
     return f"{model}.{weights.tag}" if tagged else model
-
-
-def _timm_tag_registered(model: str, tag: str) -> bool:
-    from timm.models import get_pretrained_cfg
-
-    cfg = get_pretrained_cfg(f"{model}.{tag}", allow_unregistered=True)
-    return cfg is not None and cfg.tag == tag
 
 
 def _evaluation(weights: Weights | None, results: Sequence[Record]) -> list[str]:
@@ -382,6 +369,8 @@ def _evaluation(weights: Weights | None, results: Sequence[Record]) -> list[str]
             "*claimed*: what the authors state, not verified here unless a measured value stands beside it. "
             "*measured*: by `zoo eval --compare` with these weights; - where nobody has."
         )
+        if weights.task == "backbone":
+            parts.append("The claims are of the paper's whole model, of which these weights are a part.")
     else:
         parts.append("*measured*: by `zoo eval` with these weights; nothing is claimed for them.")
     if results:

@@ -185,7 +185,7 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
         "folded": args.fold,
         **({"real_images": counts["real_top1"]} if counts else {}),
     }
-    return [Outcome(known, dataset.split, len(evaluation.paths), metrics, used, counts)]
+    return [Outcome(known, args.split, len(evaluation.paths), metrics, used, counts)]
 
 
 def _whole_split(data: str, split: str) -> tuple[str | os.PathLike, str]:

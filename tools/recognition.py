@@ -85,7 +85,7 @@ class Recognised(NamedTuple):
         try:
             if self.door is None:
                 tag = self.weights.tag if self.weights else ""
-                tagged = f"{self.model}.{tag}" if tag and _has_tag(self.model, tag) else self.model
+                tagged = f"{self.model}.{tag}" if tag and has_tag(self.model, tag) else self.model
                 return timm.create_model(tagged, **self.arguments).eval()
             function = getattr(importlib.import_module(DOORS[self.door]), self.door)
             name = "craft" if self.door == "create_upscaler" else self.model
@@ -101,7 +101,8 @@ class Recognised(NamedTuple):
         return self._replace(arguments={**self.arguments, **arguments})
 
 
-def _has_tag(model: str, tag: str) -> bool:
+def has_tag(model: str, tag: str) -> bool:
+    """Whether timm's registry has the model with this tag."""
     try:
         cfg = get_pretrained_cfg(f"{model}.{tag}")
     except (RuntimeError, KeyError):
@@ -117,7 +118,7 @@ def name_candidate(model: str, arguments: Mapping[str, Any] | None = None) -> Re
     """
     weights = find_weights(model) if "." in model else None
     base = model.partition(".")[0]
-    if weights is None and "." in model and not (is_model(base) and _has_tag(base, model.partition(".")[2])):
+    if weights is None and "." in model and not (is_model(base) and has_tag(base, model.partition(".")[2])):
         raise ValueError(f"--model {model}: the manifest has no such name and tag; `zoo weights list` names them")
     options = {**(weights.options if weights else {}), **(arguments or {})}
     doors = {**dict.fromkeys(zoo.list_heads("detection"), "create_detector"), "pem": "create_segmenter"}

@@ -113,6 +113,8 @@ def _is_name(text: str) -> bool:
 def _released(model: str, arguments: Mapping[str, Any] | None, img_size: int | None) -> Subject:
     if model == "craft":
         model = f"craft_x{(arguments or {}).get('scale', 2)}"
+    from zoo.tools.recognition import has_tag
+
     base, _, tag = model.partition(".")
     if not tag and is_model(base):  # timm's choice of weights is its default
         tag = (get_pretrained_cfg(base).tag if get_pretrained_cfg(base) else "") or ""
@@ -123,8 +125,7 @@ def _released(model: str, arguments: Mapping[str, Any] | None, img_size: int | N
         subject = _from_file(obtain(entry.model, entry), entry.name, arguments, img_size)
         subject.weights = entry
     else:
-        tagged = get_pretrained_cfg(model, allow_unregistered=True) if is_model(base) else None
-        if not is_model(base) or ("." in model and (tagged is None or tagged.tag != tag)):
+        if not is_model(base) or ("." in model and not has_tag(base, tag)):
             raise ValueError(f"no released weights are called {model}: `zoo weights list` names those of zoo's models")
         network = _sized(
             lambda **size: timm.create_model(model, pretrained=True, **(arguments or {}), **size), img_size
