@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("float32", "bf16", "fp16"), default="float32", help="of weights, images"
     )
     models.add_argument("--repeats", type=int, default=15, help="rounds over all models and forms (default: 15)")
-    models.add_argument("--no-memory", action="store_true", help="do not measure memory (a process for each row)")
+    models.add_argument("--no-memory", action="store_true", help="do not measure memory (a pass more for each row)")
     models.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     models.add_argument("--plot", type=Path, metavar="FILE", help="claimed accuracy against images a second")
     kernels = subjects.add_parser("kernels", help="each operator against the forms that one would use otherwise")

@@ -8,7 +8,7 @@ first subject is kept, so that a ratio and its spread hold on a busy machine, wh
 from __future__ import annotations
 
 import fnmatch
-import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Settings:
         repeats: rounds.
         channels_last: memory order of weights and images.
         precision: of weights and images, of `PRECISIONS`.
-        memory: measure it, each subject in a process of its own.
+        memory: measure it, see `_memory`.
     """
 
     forms: tuple[str, ...] = ("eager", "folded")
@@ -128,10 +128,12 @@ def measure(names: Sequence[str], settings: Settings, clock: Clock | None = None
             if settings.batch_size:
                 calls = {k: s.call(settings.batch_size) for k, s in subjects.items()}
                 batches = in_turns(calls, max(3, settings.repeats // 3), settings.device, clock)
+            memory = {}
+            if settings.memory:
+                memory = {k: _memory(s, settings.batch_size or 1, settings) for k, s in subjects.items()}
         first = next(iter(times.values()))
         rows = []
         for key, subject in subjects.items():
-            memory = _memory(subject, settings) if settings.memory else None
             rows.append(
                 Row(
                     model=subject.name,
@@ -142,7 +144,7 @@ def measure(names: Sequence[str], settings: Settings, clock: Clock | None = None
                     latency=spread(times[key]),
                     ratio=spread([a / b if b > 0 else float("nan") for a, b in zip(first, times[key])]),
                     throughput=settings.batch_size / max(min(batches[key]), 1e-12) if batches else None,
-                    memory=memory,
+                    memory=memory.get(key),
                     claim=claimed_accuracy(subject.name),
                 )
             )
@@ -235,41 +237,67 @@ def claimed_accuracy(name: str) -> float | None:
 # Memory
 
 
-def _memory(subject: _Subject, settings: Settings) -> int | None:
-    """Bytes that one pass of `batch_size` images (or one) needs on top of the model; None where it is not known."""
-    batch = settings.batch_size or 1
+def _memory(subject: _Subject, batch: int, settings: Settings) -> int | None:
+    """Bytes that one pass needs at its peak on top of model and images; None where that is not known.
+
+    CUDA: what PyTorch's allocator counts. CPU, forms of PyTorch: the largest sum of tensors that live at once, by the
+    profiler's records of each allocation, so that nothing depends on other processes or on what was freed before; a
+    kernel's own scratch memory outside PyTorch's allocator is not seen. ONNX Runtime: growth of the process's peak in
+    a run of a fresh session, where the system can set the peak back (Linux).
+    """
+    call = subject.call(batch)
+    if subject.model is None:
+        return _growth(subject, call)
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
         before = torch.cuda.memory_allocated(settings.device)
-        with torch.inference_mode():
-            subject.call(batch)()
-        return torch.cuda.max_memory_allocated(settings.device) - before
-    if subject.form == "compiled" or not Path("/proc/self/clear_refs").exists():
-        return None  # compiling needs more than running; other systems have no peak that can be set back
-    context = multiprocessing.get_context("spawn")
-    result = context.SimpleQueue()
-    arguments = (result, subject.name, subject.form, settings, subject.file, batch, torch.get_num_threads())
-    process = context.Process(target=_measure_growth, args=arguments)
-    process.start()
-    process.join()
-    return result.get() if process.exitcode == 0 else None
-
-
-def _measure_growth(result, name: str, form: str, settings: Settings, file: Path, batch: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    call = _Subject(name, form, settings, file).call(batch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    with torch.inference_mode():
         call()
-    result.put(max(0, _status("VmHWM") - before))
+        return torch.cuda.max_memory_allocated(settings.device) - before
+    return peak_of_tensors(call) if settings.device.type == "cpu" else None
+
+
+def peak_of_tensors(call: Callable[[], object]) -> int:
+    """The largest sum of bytes of CPU tensors made by `call` that live at the same time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its notes about itself would stand between the rows
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()  # held, so that the output counts to the end
+    now = peak = 0
+    # the aggregating views hide single allocations; the raw events come in the order of time
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            now += event.nbytes()
+            peak = max(peak, now)
+    del result
+    return peak
+
+
+def _growth(subject: _Subject, call: Callable[[], object]) -> int | None:
+    """By how much the process's peak grows in a run of a session that has no memory yet."""
+    from zoo.onnx_model import open_session
+
+    control = Path("/proc/self/clear_refs")
+    if not control.exists():
+        return None
+    # the first session stays: memory that it gave back could be taken again without a trace
+    first, subject.session = subject.session, open_session(subject.file)
+    try:
+        control.write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        call()
+        return max(0, _status("VmHWM") - before)
+    except OSError:  # not allowed here
+        return None
+    finally:
+        subject.session = first
 
 
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"this system does not report {field}")
+    raise OSError(f"this system does not report {field}")
 
 
 def table(rows: Sequence[Row], batch_size: int) -> str:

@@ -21,9 +21,7 @@ import zoo
 _DEPTHS = dict(depths=(1, 1, 1, 1))
 _META = _DEPTHS | dict(dims=(16, 32, 64, 96))
 _SLAB = dict(depths=(1, 1, 1, 1))
-_VIM = dict(
-    dims=(8, 12, 16, 24), token_depths=(1, 1, 1, 1), channel_depths=(0, 1, 0, 0), channel_expand=(2, 2, 2, 1), d_state=4
-)
+_VIM = dict(dims=(8, 12), token_depths=(1, 1), channel_depths=(0, 1), channel_expand=(2, 1), d_state=4)
 
 # one variant of each type, and arguments that make it small
 MODELS = {
@@ -50,7 +48,7 @@ MODELS = {
     "activator_tiny_patch16_224": dict(embed_dim=16, depth=2),
     "activator_geglu_patch4_32": dict(embed_dim=16, depth=2),
     "uniform_activator_patch4_32": dict(embed_dim=16, depth=2),
-    "spartan_xtiny": dict(depths=(1, 1, 1, 1)),
+    "spartan_xtiny": dict(embed_dims=(8, 16), depths=(1, 1), expand_ratios=(4, 2)),
     "vim2_tiny": _VIM,
     "vanilla_vmamba_tiny": {k: v for k, v in _VIM.items() if k != "channel_depths"},
     "stdc1": {},

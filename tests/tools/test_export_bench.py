@@ -96,6 +96,36 @@ def test_models_are_measured_side_by_side(weights, tmp_path, capsys):
     assert Image.open(picture).width > 600
 
 
+def test_memory_is_the_largest_sum_of_tensors_alive_at_once():
+    number = 1_000_000
+    assert bench_models.peak_of_tensors(lambda: torch.zeros(number).add(1)) == pytest.approx(8 * number, rel=1e-3)
+    in_turn = bench_models.peak_of_tensors(lambda: [torch.zeros(number).sum() for _ in range(3)])
+    assert in_turn == pytest.approx(4 * number, rel=1e-3)
+
+
+def test_every_form_has_a_row_with_its_memory(weights, tmp_path):
+    file = tmp_path / "rows.json"
+    arguments = ["bench", "models", str(weights), "--forms", "eager,folded,onnx", "--repeats", "2", "--batch-size", "4"]
+    assert main([*arguments, "--device", "cpu", "--json", str(file)]) == 0
+    rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["eager", "folded", "onnx"]
+    image = 4 * 3 * 32 * 32  # bytes
+    for form in ("eager", "folded"):
+        assert image < rows[form]["memory_bytes"] < 1e8
+    # the runtime's is read from the system, where that can be done
+    assert rows["onnx"]["memory_bytes"] is None or rows["onnx"]["memory_bytes"] >= 0
+    assert all(row["latency_ms"]["median"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_the_compiled_form_has_a_row(weights):
+    settings = bench_models.Settings(forms=("eager", "compiled"), repeats=2, batch_size=0)
+    compiled = bench_models.measure([str(weights)], settings)[1]
+    assert compiled.form == "compiled"
+    assert compiled.latency[0] > 0
+    assert compiled.memory > 0
+
+
 def test_a_plot_has_every_model_with_a_claim(tmp_path):
     one = (0.01, 0.009, 0.011)
     rows = [
