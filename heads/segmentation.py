@@ -5,12 +5,13 @@ model = zoo.create_segmenter("pem", backbone="caformer_s18", num_classes=150, ta
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from zoo.heads.pem.model import Pem, Task
+from zoo.heads.pem.model import Pem, PemHead, Task
 from zoo.heads.pyramid import Pyramid
 
 SEGMENTERS = ("pem",)
@@ -40,11 +41,15 @@ def create_segmenter(
         kwargs: arguments of `Pem` and `PemHead` (`thing_classes`, `num_queries`, `freeze_norm`, ...).
 
     Raises:
-        ValueError: an unknown name, task or backbone, or numbers that do not fit each other.
-        TypeError: an argument that the head does not have.
+        ValueError: an unknown name, task or backbone, an argument that the head does not have, or numbers that do
+            not fit each other.
     """
     if name not in SEGMENTERS:
         raise ValueError(f"no segmenter is called {name!r}: choose one of {', '.join(SEGMENTERS)}")
+    known = {p for cls in (Pem, PemHead) for p in inspect.signature(cls).parameters} - {"kwargs", "in_channels"}
+    unknown = [key for key in kwargs if key not in known]
+    if unknown:
+        raise ValueError(f"{name} has no argument {unknown[0]!r}: it has {', '.join(sorted(known))}")
     arguments = dict(name=name, backbone=backbone, num_classes=num_classes, task=task, backbone_args=backbone_args)
     pyramid = Pyramid(backbone, pretrained=pretrained_backbone, **(backbone_args or {}))
     model = Pem(pyramid, num_classes, task, **kwargs)

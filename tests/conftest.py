@@ -7,6 +7,9 @@ import pytest
 if os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# tests start processes: where bytecode is not kept, each of them compiles all of torch and timm
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import torch
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
