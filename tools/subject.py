@@ -3,7 +3,7 @@ manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ def _from_file(path: Path, model: str | None, arguments: Mapping[str, Any] | Non
             report = load_checkpoint(network, content)
         restore_official_numerics(network, described)
         notes = [f"{path}: {found.name}, known by {found.how}", *str(report).splitlines()]
+    if found.door is None and (not own or described.get("official")):
+        _remember_size(network, found.arguments.get("img_size"))
     name = f"craft_x{network.scale}" if task == "superresolution" else found.model
     entry = found.weights or find_weights(described.get("weights") or "") or _entry_of_hash(sha256)
     if own and model:
@@ -173,6 +175,16 @@ def _from_file(path: Path, model: str | None, arguments: Mapping[str, Any] | Non
     if entry is not None and not own and entry.sha256 not in (None, sha256):
         notes.append(f"{path} has another SHA-256 than {entry.name} of the manifest: it is not the authors' file")
     return Subject(network.eval(), name, task, str(path), entry, path, sha256, notes)
+
+
+def _remember_size(network: nn.Module, size: int | Sequence[int] | None) -> None:
+    """An official file of another image size than the registered one: pictures are prepared for the file's."""
+    cfg = getattr(network, "pretrained_cfg", None)
+    if size is None or cfg is None:
+        return
+    height, width = (size, size) if isinstance(size, int) else size
+    cfg = dict(cfg)
+    network.pretrained_cfg = network.default_cfg = {**cfg, "input_size": (cfg["input_size"][0], height, width)}
 
 
 def _sized(build, img_size: int | None) -> nn.Module:

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_data_config
 
 import zoo
 from tests.train.conftest import CLOTHING, TINY_CRATE, copy_photos
@@ -121,6 +122,7 @@ def test_a_released_file_is_recognised_with_its_entry(tmp_path, know):
     subject = load_subject(str(tmp_path / "clothes.pth"))
     assert (subject.name, subject.task, subject.weights) == ("crate_tiny", "classification", ENTRY)
     assert subject.sha256 == file_sha256(tmp_path / "clothes.pth")
+    assert resolve_data_config({}, model=subject.model)["input_size"] == (3, 32, 32)
     know(replace(ENTRY, sha256="0" * 64))
     assert "it is not the authors' file" in load_subject(str(tmp_path / "clothes.pth")).notes[-1]
 
@@ -215,6 +217,35 @@ def test_real_labels_need_official_names_and_a_sound_file(tmp_path):
         read_real_labels(tmp_path / "none.json")
 
 
+def test_real_labels_of_a_subset_of_imagenet(tmp_path, capsys):
+    photos = sorted((CLOTHING / "val" / "hat").iterdir())
+    # folders 0 and 389 of ImageNet's order, not 0 and 1
+    for number, wnid in ((1, "n01440764"), (2, "n02514041"), (3, "n02514041")):
+        folder = tmp_path / "imagenet" / "val" / wnid
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos[number], folder / f"ILSVRC2012_val_{number:08d}.JPEG")
+    model = timm.create_model("crate_tiny", **{**ENTRY.options, "num_classes": 1000})
+    with torch.no_grad():  # every picture is class 389
+        model.get_classifier().weight.zero_()
+        model.get_classifier().bias.copy_(torch.nn.functional.one_hot(torch.tensor(389), 1000))
+    file = save_model(
+        model,
+        tmp_path / "m.safetensors",
+        model_args={**TINY_CRATE, "img_size": 32},
+        input_config={"input_size": (3, 32, 32)},
+    )
+    (tmp_path / "real.json").write_text(json.dumps([[389, 1], [], [7], [3]]))
+    arguments = [str(file), "--real", str(tmp_path / "real.json"), "--record", *flags(tmp_path)]
+    assert main(["eval", *arguments, "--data", str(tmp_path / "imagenet" / "val")]) == 0
+    assert "real_top1   50.00 % of 2 images" in capsys.readouterr().out
+    (record,) = read_results(tmp_path / "r.jsonl")
+    assert (record.dataset, record.split, record.images, record.total) == ("imagenet-1k", "val", 3, 50_000)
+    assert record.metrics["top1"] == pytest.approx(200 / 3)
+    assert record.metrics["real_top1"] == 50.0
+    assert record.errors["real_top1"] == pytest.approx(100 * math.sqrt(0.25 / 2))
+    assert record.settings["real_images"] == 2
+
+
 # ---- dense tasks
 
 
@@ -251,6 +282,41 @@ def test_a_detector_is_compared_on_coco(tmp_path, know, capsys):
     assert (record.settings["short_side"], record.settings["max_side"]) == (64, 100)
     assert record.settings["nms_threshold"] == 0.45
     assert not record.differing
+
+
+def test_a_segmenter_is_compared_on_ade20k(tmp_path, know, capsys):
+    data = tmp_path / "ade"
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (data / kind / split).mkdir(parents=True)
+    for number, photo in enumerate(sorted((CLOTHING / "val" / "hat").iterdir())[:2]):
+        picture = Image.open(photo).convert("RGB")
+        picture.save(data / "images" / "validation" / f"ADE_val_{number}.jpg")
+        labels = np.full(picture.size[::-1], number + 1, dtype=np.uint8)
+        Image.fromarray(labels).save(data / "annotations" / "validation" / f"ADE_val_{number}.png")
+    model = zoo.create_segmenter("pem", "ascan_tiny", num_classes=150, backbone_args=TINY_ASCAN, num_queries=4)
+    file = save_model(model, tmp_path / "s.safetensors")
+    entry = Weights(
+        model="pem",
+        tag="ade20k",
+        task="segmentation",
+        access="unreleased",
+        sha256=file_sha256(file),
+        evaluation={"dataset": "ade20k", "split": "val", "short_side": 64, "max_side": 128},
+        claimed={"miou": 39.6},
+    )
+    know(entry)
+    common = ["eval", str(file), "--data", str(data), *flags(tmp_path)]
+    assert main([*common, "--compare"]) == 0
+    assert "a subset: 2 of the 2,000 images of ade20k val" in capsys.readouterr().out
+    (record,) = read_results(tmp_path / "r.jsonl")
+    assert record.claims == {"miou": 39.6}
+    assert (record.settings["short_side"], record.settings["max_side"], record.settings["kind"]) == (
+        64,
+        128,
+        "semantic",
+    )
+    assert 0 <= record.metrics["miou"] < 60
 
 
 def test_a_detector_of_one_size_gets_the_size_of_the_claim():
