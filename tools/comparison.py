@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoo.manifest import Weights
+from zoo.manifest import Weights, known_weights
 from zoo.tools.records import Record
 from zoo.tools.subject import Subject
 
@@ -124,7 +124,9 @@ def compare(subject: Subject, outcome: Outcome) -> Comparison:
     remarks = _size_remarks(outcome)
     if weights is None:
         missing = f"no claim is known for {subject.title}: the manifest does not list this file"
-        return Comparison(outcome, {}, [], [f"{missing} (`zoo weights list` shows what it does)", *remarks])
+        listed = [w.name for w in known_weights() if w.model == subject.name and w.claimed and w.task == subject.task]
+        hint = f"; if it is {' or '.join(listed)}, say so with --model" if listed else ""
+        return Comparison(outcome, {}, [], [missing + hint, *remarks])
     before = {name: weights.measured[name] for name in outcome.metrics if name in weights.measured}
     if before:
         listed = ", ".join(f"{name} {show(name, value)}" for name, value in before.items())

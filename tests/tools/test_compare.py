@@ -179,7 +179,9 @@ def test_claims_of_other_data_or_of_the_whole_model_are_not_compared():
     assert "is for the split val, this is train: not compared" in lines(ENTRY, split="train")
     assert "of the paper's whole model (backbone)" in lines(replace(ENTRY, task="backbone"))
     assert "no claim is known for crate_tiny.clothes" in lines(replace(ENTRY, claimed={}))
-    assert "no claim is known for the file" in lines(None)
+    text = lines(None)
+    assert "no claim is known for the file: the manifest does not list this file" in text
+    assert "if it is crate_tiny.in1k, say so with --model" in text
 
 
 # ---- ReaL
