@@ -50,7 +50,7 @@ MODELS = {
     "uniform_activator_patch4_32": dict(embed_dim=16, depth=2),
     "spartan_xtiny": dict(embed_dims=(8, 16), depths=(1, 1), expand_ratios=(4, 2)),
     "vim2_tiny": _VIM,
-    "vanilla_vmamba_tiny": {k: v for k, v in _VIM.items() if k != "channel_depths"},
+    "vanilla_vmamba_tiny": _VIM | dict(channel_depths=(0, 0)),
     "stdc1": {},
     "caformer_s18": {},
     "resnet18": {},
