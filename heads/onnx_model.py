@@ -1,7 +1,9 @@
 """Detectors, segmenters and upscalers that `zoo export` wrote, run by ONNX Runtime: `open_model("model.onnx")`.
 
 Their predictions are those of the models themselves, up to rounding: resizing before the graph and the choice of
-segments and objects after it are done by the same functions.
+segments and objects after it are done by the same functions. One difference stays: where RetinaNet and FCOS pad a
+picture, boxes are cut at the padding before suppression and at the picture after it, so that a few near the border may
+differ.
 """
 
 from __future__ import annotations

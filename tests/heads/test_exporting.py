@@ -136,7 +136,7 @@ def test_boxes_are_the_detectors(head, folder):
     assert rule["text"] in line
     least = {"rt_detr": (160, 32, None)}.get(head, (129, 1, 1))
     assert (rule["least"], rule["multiple"], rule["batch"]) == least
-    picture = _picture(300, 220)
+    picture = _picture(448, 320)  # resized to 224x160, which needs no padding
     expected, given = model.predict(picture, threshold=0.06), file.predict(picture, threshold=0.06)
     assert len(expected.labels) > 5
     assert given.size == expected.size
