@@ -19,8 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ("README.md", "CONTRIBUTING.md")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Lay the folders out for mkdocstrings as the one package that they are installed as."""
+def on_startup(**_) -> None:
+    """Lay the folders out for mkdocstrings as the one package that they are installed as.
+
+    Before any configuration: mkdocstrings passes over a path that is not there when it is configured.
+    """
     package_dir = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     target = ROOT / "build" / "api"
     shutil.rmtree(target, ignore_errors=True)
@@ -29,7 +32,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         where.mkdir(parents=True, exist_ok=True)
         for source in (ROOT / folder).glob("*.py"):
             shutil.copy(source, where)  # a link would be followed to the folder that it comes from
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
