@@ -201,9 +201,7 @@ def test_features_only_gives_maps_at_the_patch_stride_for_any_size():
 
 def test_unreleased_weights_are_explained_and_a_file_of_ones_own_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("ZOO_WEIGHTS", raising=False)
-    with pytest.raises(
-        RuntimeError, match=r"never released .*zoo weights add FILE --model activator_patch4_32"
-    ):
+    with pytest.raises(RuntimeError, match=r"never released .*zoo weights add FILE --model activator_patch4_32"):
         timm.create_model("activator_patch4_32", pretrained=True)
     source = timm.create_model("activator_patch4_32")
     torch.save(official_names(source), tmp_path / "ACTIVATORImageClassification_cifar10.pth")
