@@ -190,6 +190,23 @@ def test_the_commands_export_and_predict_a_segmenter(masks, tmp_path, capsys):
         OnnxModel(masks[1]).predict(_picture())
 
 
+def test_a_detector_that_finds_nothing_is_not_called_checked(tmp_path, monkeypatch):
+    model = _detector("retinanet")
+    model.score_thresh = 0.9999
+
+    import onnx
+
+    def written(model, path, opset):
+        graph = onnx.helper.make_graph([], "nothing", [], [])
+        onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), str(path))
+
+    monkeypatch.setattr(exporting, "export_detector", written)
+    line = export_head(model, tmp_path / "d.onnx")
+    assert "not checked, since the detector finds nothing in the test image" in line
+    (entry,) = onnx.load(str(tmp_path / "d.onnx")).metadata_props
+    assert "difference" not in json.loads(entry.value)
+
+
 def test_what_has_no_export_says_so(tmp_path, monkeypatch, capsys):
     with pytest.raises(TypeError, match="Linear cannot be exported: detectors, PEM and CRAFT can"):
         export_head(torch.nn.Linear(2, 2), tmp_path / "x.onnx")

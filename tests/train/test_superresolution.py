@@ -184,19 +184,23 @@ def test_the_task_gives_l1_and_scores(folders):
     assert set(scores) == {"psnr", "ssim", "psnr_y", "ssim_y"}
 
 
-def test_a_run_that_lost_its_last_step_ends_with_the_same_weights(folders):
-    recipe = find_recipe("finetune_sr")(
+def short_run(folders, **changes):
+    """The smallest recipe that trains on the pictures of `folders`."""
+    return find_recipe("finetune-sr")(
         data=str(folders / "hr"),
         start="bicubic",
         head_args={"depths": [1]},
         patch=16,
         batch_size=2,
         epochs=1,
-        epoch_steps=3,
-        checkpoint_interval=1,
         workers=0,
         out=str(folders / "run"),
+        **changes,
     )
+
+
+def test_a_run_that_lost_its_last_step_ends_with_the_same_weights(folders):
+    recipe = short_run(folders, epoch_steps=3, checkpoint_interval=1)
     train(recipe, quiet=True, say=lambda line: None)
     whole = load_file(folders / "run" / "last.safetensors")
     (folders / "run" / "checkpoints" / "step_00000003.pth").unlink()
@@ -206,18 +210,7 @@ def test_a_run_that_lost_its_last_step_ends_with_the_same_weights(folders):
 
 
 def test_the_engine_trains_evaluates_and_reports(folders, capsys):
-    recipe = find_recipe("finetune-sr")(
-        data=str(folders / "hr"),
-        low=str(folders / "lr"),
-        start="bicubic",
-        head_args={"depths": [1]},
-        patch=16,
-        batch_size=2,
-        epochs=1,
-        epoch_steps=1,
-        workers=0,
-        out=str(folders / "run"),
-    )
+    recipe = short_run(folders, low=str(folders / "lr"), epoch_steps=1)
     result = train(recipe, quiet=True)
     assert "mean" in result.table
     assert {"best.safetensors", "results.md", "results.json", "prediction.png"} <= {
