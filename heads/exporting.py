@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.exporting import METADATA_KEY, ExportError, _quiet, versions
+from zoo.export_report import ExportError
+from zoo.exporting import METADATA_KEY, _quiet, versions
 from zoo.extras import require
 from zoo.heads.craft.model import Craft
 from zoo.heads.detection import Detector

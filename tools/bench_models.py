@@ -172,7 +172,7 @@ class _Subject:
         import zoo
         from zoo.preprocess import eval_transform_for
 
-        self.name, self.form, self.settings, self.file = name, form, settings, file
+        self.name, self.form, self.settings = name, form, settings
         model = build(name, settings.img_size)
         channels, height, width = eval_transform_for(model).input_size
         if settings.img_size:
@@ -242,12 +242,12 @@ def _memory(subject: _Subject, batch: int, settings: Settings) -> int | None:
 
     CUDA: what PyTorch's allocator counts. CPU, forms of PyTorch: the largest sum of tensors that live at once, by the
     profiler's records of each allocation, so that nothing depends on other processes or on what was freed before; a
-    kernel's own scratch memory outside PyTorch's allocator is not seen. ONNX Runtime: growth of the process's peak in
-    a run of a fresh session, where the system can set the peak back (Linux).
+    kernel's own scratch memory outside PyTorch's allocator is not seen. ONNX Runtime does not tell: the growth of the
+    process says nothing, since memory that was freed before is taken again.
     """
-    call = subject.call(batch)
     if subject.model is None:
-        return _growth(subject, call)
+        return None
+    call = subject.call(batch)
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
         before = torch.cuda.memory_allocated(settings.device)
@@ -271,33 +271,6 @@ def peak_of_tensors(call: Callable[[], object]) -> int:
             peak = max(peak, now)
     del result
     return peak
-
-
-def _growth(subject: _Subject, call: Callable[[], object]) -> int | None:
-    """By how much the process's peak grows in a run of a session that has no memory yet."""
-    from zoo.onnx_model import open_session
-
-    control = Path("/proc/self/clear_refs")
-    if not control.exists():
-        return None
-    # the first session stays: memory that it gave back could be taken again without a trace
-    first, subject.session = subject.session, open_session(subject.file)
-    try:
-        control.write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
-        call()
-        return max(0, _status("VmHWM") - before)
-    except OSError:  # not allowed here
-        return None
-    finally:
-        subject.session = first
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"this system does not report {field}")
 
 
 def table(rows: Sequence[Row], batch_size: int) -> str:

@@ -1,15 +1,18 @@
 """Equal forms of what `torch.export` or ONNX cannot follow for images of any size; used while a graph is made.
 
-Three things are replaced inside `exportable()`, outputs stay the same:
+Four things are replaced inside `exportable()`, outputs stay the same:
 
 - Swin's windows, whose side, number and shift depend on the map. Splitting is one gather of rows and one of columns,
   which pads, rolls and cuts at once, so that nothing branches on a size.
 - The selective scans of ViM2, for ONNX: one `Scan` over the steps instead of zoo's operator.
+- The Fourier transform of NiNformer's gates, for ONNX: products with tables of cosines and sines. ONNX Runtime's own
+  transform loses two digits where a side is no power of two.
 - The position table of CRATE-MAE, whose scale factors the exporter would write down as numbers of the traced size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from zoo import crate, slab_blocks, slab_windows, vim2_blocks
+from zoo import crate, ninformer_blocks, slab_blocks, slab_windows, vim2_blocks
 from zoo.kernels.attention import relative_bias, resize_relative_table
 from zoo.kernels.channel_scan import channel_orders
 from zoo.kernels.scan2d import scan_orders
@@ -43,7 +46,11 @@ def exportable(onnx: bool) -> Iterator[None]:
         (crate, "resample_pos_embed", resample_pos_embed),
     ]
     if onnx:
-        replaced += [(vim2_blocks, "scan2d", scan2d), (vim2_blocks, "channel_scan", channel_scan)]
+        replaced += [
+            (vim2_blocks, "scan2d", scan2d),
+            (vim2_blocks, "channel_scan", channel_scan),
+            (ninformer_blocks, "fourier_real", fourier_real),
+        ]
     with ExitStack() as stack:
         for owner, name, function in replaced:
             stack.enter_context(patch.object(owner, name, function))
@@ -268,6 +275,24 @@ def _cubic_matrix(new: int, old: int, like: Tensor) -> Tensor:
         at = (first + tap).long().clamp(0, old - 1)
         matrix = matrix + weight.unsqueeze(1) * (at.unsqueeze(1) == columns).to(like.dtype)
     return matrix
+
+
+# NiNformer's Fourier gate
+
+
+def fourier_real(x: Tensor) -> Tensor:
+    """`ninformer_blocks.fourier_real`: Re(F_N X F_C) = cos_N X cos_C - sin_N X sin_C, both tables being symmetric."""
+    tokens, channels = (_waves(side, x) for side in x.shape[-2:])
+    return tokens[0] @ x @ channels[0] - tokens[1] @ x @ channels[1]
+
+
+def _waves(side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2 pi j k / side, each (side, side)."""
+    steps = torch.arange(side, device=like.device)
+    whole = torch.scalar_tensor(side, dtype=torch.int64, device=like.device)  # the exporter has no number here
+    parts = steps.unsqueeze(1) * steps % whole  # full turns go before the angle is rounded
+    angles = parts.to(like.dtype) * (2 * math.pi) / whole
+    return angles.cos(), angles.sin()
 
 
 # ViM2's scans

@@ -17,9 +17,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zoo import export_check
+from zoo.export_report import ExportError, ExportReport, SizeRule
 from zoo.exportable import exportable
 from zoo.extras import require
 from zoo.folding import fold
-from zoo.images import ImageSource, read_image
+from zoo.images import ImageSource
 from zoo.prediction import resolve_class_names
 from zoo.preprocess import EvalTransform, eval_transform_for
 
@@ -40,75 +42,6 @@ Precision = Literal["float32", "fp16", "int8"]
 METADATA_KEY = "zoo"
 PROGRAM_FILE = "zoo.json"  # the metadata's name inside a .pt2 file
 _LARGEST = 1_950_000_000  # bytes: a protocol buffer ends at 2 GiB
-
-
-class ExportError(RuntimeError):
-    """A model that could not be exported, or whose file does not give the model's results."""
-
-
-@dataclass(frozen=True)
-class SizeRule:
-    """Which images a graph takes.
-
-    Attributes:
-        kind: "any" (as they are), "multiple" (stretched to the next multiple of `multiple` in the graph), "resized"
-            (stretched to `size` in the graph), "static" (this `size` and no other).
-        size: height and width that the model is built for.
-        multiple: see `kind`.
-    """
-
-    kind: Literal["any", "multiple", "resized", "static"]
-    size: tuple[int, int]
-    multiple: int = 1
-
-    def __str__(self) -> str:
-        side = f"{self.size[0]}x{self.size[1]}"
-        return {
-            "any": "any size",
-            "multiple": f"any size, stretched to the next multiple of {self.multiple} in the graph",
-            "resized": f"any size, stretched to {side} in the graph",
-            "static": f"{side} only",
-        }[self.kind]
-
-
-@dataclass
-class ExportReport:
-    """What was written.
-
-    Attributes:
-        path: the file.
-        bytes: its size.
-        rule: which images it takes.
-        difference: largest difference from the model in the check, in units of the outputs' standard deviation; None
-            if nothing was checked.
-        mean_difference: likewise, the mean.
-        agreement: share of the checked images with the same best class.
-        checked: (batch, height, width) of the check.
-        note: why the images are stretched to one size, where the model itself would take any.
-        metadata: what the file carries.
-    """
-
-    path: Path
-    bytes: int
-    rule: SizeRule
-    difference: float | None = None
-    mean_difference: float | None = None
-    agreement: float | None = None
-    checked: list[tuple[int, int, int]] = field(default_factory=list)
-    note: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        text = f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.rule}"
-        if self.note:
-            text += f" (since {self.note})"
-        if self.difference is None:
-            return f"{text}; not checked"
-        sizes = ", ".join(f"{b}x{h}x{w}" for b, h, w in self.checked)
-        return (
-            f"{text}; against the model at {sizes}: largest difference {self.difference:.1e} of the std, mean "
-            f"{self.mean_difference:.1e}, same best class for {self.agreement:.0%}"
-        )
 
 
 def export_onnx(
@@ -182,8 +115,15 @@ def export_onnx(
             from zoo.onnx_model import open_session
 
             session = open_session(temporary)
-            _compare(report, network, lambda x: _run(session, x), batch_size, transform, images)
-            _judge(report, tolerance if precision == "float32" else math.inf)
+            export_check.check(
+                report,
+                network,
+                lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]),
+                transform,
+                tolerance=tolerance if precision == "float32" else math.inf,
+                batch_size=batch_size,
+                images=images,
+            )
             described["difference"] = report.difference
         proto = onnx.load(str(temporary))
         del proto.metadata_props[:]
@@ -220,8 +160,15 @@ def export_program(
     with _beside(path) as temporary:
         report = ExportReport(path, 0, rule, metadata=described)
         if check:
-            _compare(report, network, program.module(), batch_size, transform, images)
-            _judge(report, tolerance)
+            export_check.check(
+                report,
+                network,
+                program.module(),
+                transform,
+                tolerance=tolerance,
+                batch_size=batch_size,
+                images=images,
+            )
             described["difference"] = report.difference
         torch.export.save(program, temporary, extra_files={PROGRAM_FILE: json.dumps(described)})
         report.bytes = temporary.stat().st_size
@@ -416,69 +363,6 @@ def _convert(path: Path, precision: Precision) -> None:
             op_types_to_quantize=["MatMul", "Gemm"],
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
-        )
-
-
-# The check
-
-
-def _compare(
-    report: ExportReport,
-    network: ExportedClassifier,
-    run: Callable[[Tensor], Tensor],
-    batch_size: int | None,
-    transform: EvalTransform,
-    images: Sequence[ImageSource],
-) -> None:
-    """Fill in the differences."""
-    differences, means, same, count = [], [], 0, 0
-    for batch in _samples(report.rule, batch_size, transform, images):
-        with torch.no_grad():
-            expected, given = network(batch), run(batch)
-        if given.shape != expected.shape:
-            raise ExportError(f"{report.path} gives {tuple(given.shape)} where the model gives {tuple(expected.shape)}")
-        scale = max(float(expected.std()), 1e-6 * float(expected.abs().max()), 1e-12) if expected.numel() > 1 else 1.0
-        error = (given - expected).abs() / scale
-        differences.append(float(error.max()) if error.isfinite().all() else math.inf)
-        means.append(float(error.mean()))
-        same += int((given.argmax(1) == expected.argmax(1)).sum())
-        count += len(batch)
-        report.checked.append((len(batch), *batch.shape[2:]))
-    report.difference, report.mean_difference = max(differences), sum(means) / len(means)
-    report.agreement = same / count
-
-
-def _samples(
-    rule: SizeRule, batch_size: int | None, transform: EvalTransform, images: Sequence[ImageSource]
-) -> Iterator[Tensor]:
-    """Batches of the nominal size and others: noise, smooth pictures and the given ones."""
-    channels, height, width = transform.input_size
-    sizes = [(height, width)]
-    if rule.kind != "static":
-        sizes += [(height + 32, max(8, width * 3 // 4)), (height * 5 // 4 + 5, width + 3), (height // 2 + 16, width)]
-    generator = torch.Generator().manual_seed(0)
-    for number, (h, w) in enumerate(sizes):
-        count = batch_size or (1, 2, 3, 2)[number]
-        noise = torch.randn(count, channels, h, w, generator=generator)
-        smooth = F.interpolate(torch.randn(count, channels, 5, 7, generator=generator), size=(h, w), mode="bicubic")
-        yield noise if number % 2 else smooth
-    if images:
-        pictures = torch.stack([transform(read_image(image)) for image in images])
-        if batch_size:
-            pictures = pictures.repeat(-(-batch_size // len(pictures)), 1, 1, 1)[:batch_size]
-        yield pictures
-
-
-def _run(session, batch: Tensor) -> Tensor:
-    (logits,) = session.run(None, {"images": batch.numpy()})
-    return torch.from_numpy(logits)
-
-
-def _judge(report: ExportReport, tolerance: float) -> None:
-    if not report.difference <= tolerance:
-        raise ExportError(
-            f"{report.path} was not written: its results differ from the model's by {report.difference:.1e} of their "
-            f"standard deviation, more than the tolerance of {tolerance:.0e}"
         )
 
 

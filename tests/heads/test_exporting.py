@@ -13,7 +13,7 @@ import zoo
 from tests.heads.test_craft import lively
 from tests.heads.test_detection_export import _detector
 from tests.heads.test_pem import tiny_segmenter
-from zoo.exporting import ExportError
+from zoo.export_report import ExportError
 from zoo.heads import exporting
 from zoo.heads.craft import Craft
 from zoo.heads.exporting import export_head, size_rule

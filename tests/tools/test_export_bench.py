@@ -113,7 +113,7 @@ def test_every_form_has_a_row_with_its_memory(weights, tmp_path):
     for form in ("eager", "folded"):
         assert image < rows[form]["memory_bytes"] < 1e8
     # the runtime's is read from the system, where that can be done
-    assert rows["onnx"]["memory_bytes"] is None or rows["onnx"]["memory_bytes"] >= 0
+    assert rows["onnx"]["memory_bytes"] is None  # not a number that means something else
     assert all(row["latency_ms"]["median"] > 0 for row in rows.values())
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 import zoo
 from tests.bench.export import MODELS, build
-from zoo import exporting
+from zoo import exporting, ninformer_blocks
+from zoo.export_report import ExportError, SizeRule
 from zoo.exportable import exportable
-from zoo.exporting import ExportError, SizeRule, find_size_rule
+from zoo.exporting import find_size_rule
 from zoo.onnx_model import OnnxModel, open_session
 
 pytest.importorskip("onnx")
@@ -26,6 +27,7 @@ RULES = {
     "crate_tiny": "multiple",
     "mae_crate_tiny": "multiple",
     "ninformer_patch4_32": "resized",
+    "fourier_ninformer_patch4_32": "multiple",
     "activator_geglu_patch4_32": "multiple",
     "stdc1": "any",
 }
@@ -81,6 +83,14 @@ def test_exportable_forms_equal_the_models_own(name):
             with exportable(onnx=True):
                 given = model(images)
         torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 16), (1, 99, 7)])
+def test_the_exportable_fourier_gate_equals_the_models_own(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = ninformer_blocks.fourier_real(x)
+    with exportable(onnx=True):
+        torch.testing.assert_close(ninformer_blocks.fourier_real(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_offset_table_of_crate_mae_is_resampled_alike():
