@@ -325,13 +325,17 @@ class ProgressHook(Hook):
         self.bar = None
 
     def before_train(self, runner) -> None:
-        """Drop the lines of epochs that a resumed run will repeat."""
+        """Drop the lines of epochs and evaluations that a resumed run will repeat."""
         if not is_main_process():
             return
         kept = []
         if self.path.is_file():
             done = runner.iter // runner.train_loop.steps_per_epoch
-            kept = [line for line in self.path.read_text().splitlines() if _epoch_of(line) <= done]
+            validated = runner.message_hub.runtime_info.get("validated_epoch", 0)
+            for line in self.path.read_text().splitlines():
+                epoch, trained = _epoch_of(line)
+                if epoch <= (done if trained else validated):
+                    kept.append(line)
         self.path.write_text("".join(f"{line}\n" for line in kept))
         if not self.quiet:
             total, start = runner.max_iters, runner.iter
@@ -384,11 +388,13 @@ class ProgressHook(Hook):
                 file.write(json.dumps(record) + "\n")
 
 
-def _epoch_of(line: str) -> int:
+def _epoch_of(line: str) -> tuple[int, bool]:
+    """The epoch of a line, and whether it tells of training and not of an evaluation."""
     try:
-        return int(json.loads(line)["epoch"])
+        record = json.loads(line)
+        return int(record["epoch"]), "loss" in record
     except (ValueError, KeyError, TypeError):
-        return sys.maxsize  # a line that a killed run wrote half
+        return sys.maxsize, True  # a line that a killed run wrote half
 
 
 class QuietRunner(Runner):

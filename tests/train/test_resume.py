@@ -117,7 +117,7 @@ def test_same_seed_gives_same_weights_whatever_the_number_of_workers(recipe, tmp
 def test_an_evaluation_that_the_kill_prevented_is_made_up_for(recipe, tmp_path):
     train(recipe, quiet=True)
     folder = Path(recipe.out)
-    reference = (folder / "results.json").read_text()
+    reference, history = ((folder / name).read_text() for name in ("results.json", "history.jsonl"))
     # the state right after the last step: checkpoint written, nothing evaluated yet
     for name in ("last.safetensors", "results.json"):
         (folder / name).unlink()
@@ -126,6 +126,7 @@ def test_an_evaluation_that_the_kill_prevented_is_made_up_for(recipe, tmp_path):
     assert content["message_hub"]["runtime_info"].get("validated_epoch", 0) == recipe.epochs - 1
     train(recipe, resume=True, quiet=True, say=lambda _: None)
     assert (folder / "results.json").read_text() == reference
+    assert (folder / "history.jsonl").read_text() == history, "no evaluation stands there twice"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(recipe, tmp_path):
