@@ -83,10 +83,9 @@ def _sizes(rule: SizeRule, transform: EvalTransform) -> Iterator[tuple[int, int]
 
 def _made_up(shape: tuple[int, int, int, int], noise: bool, generator: torch.Generator) -> Tensor:
     """Noise, or smooth pictures."""
-    if noise:
-        return torch.randn(shape, generator=generator)
+    fine = torch.randn(shape, generator=generator)
     coarse = torch.randn(*shape[:2], 5, 7, generator=generator)
-    return F.interpolate(coarse, size=shape[2:], mode="bicubic")
+    return fine if noise else F.interpolate(coarse, size=shape[2:], mode="bicubic")
 
 
 class _Checker:
