@@ -91,9 +91,8 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        "| model | file, MB | images | largest difference | mean | left out | seconds |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model | file, MB | images | largest difference | mean | same best class | left out | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.names:
             model, start = build(name, args.tiny), time.perf_counter()
@@ -108,7 +107,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             print(
                 f"| {name} | {report.bytes / 1e6:.1f} | {report.rule} | {report.difference:.1e} | "
-                f"{report.mean_difference:.1e} | {report.undecided} | {seconds:.0f} |",
+                f"{report.mean_difference:.1e} | {report.agreement:.0%} | {report.undecided} | {seconds:.0f} |",
                 flush=True,
             )
 
