@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from zoo._timm import feature_take_indices, update_model_input_size
 from zoo.builder import build_model, pretrained_cfg
 from zoo.checkpoint import Conversion, StateDict, checkpoint_converter
+from zoo.dropout import replace_dropout
 from zoo.kernels.geglu_norm import ACTIVATIONS, activate, geglu_norm
 
 __all__ = ["Activator", "ActivatorBlock", "GatingUnit", "constructor_arguments"]
@@ -216,6 +217,7 @@ class Activator(nn.Module):
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        replace_dropout(self)
 
     @torch.jit.ignore
     def init_weights(self) -> None:

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from zoo._timm import feature_take_indices, get_pretrained_grid_size, update_model_input_size
 from zoo.builder import build_model, pretrained_cfg
 from zoo.checkpoint import CheckpointError, Conversion, StateDict, checkpoint_converter
+from zoo.dropout import replace_dropout
 from zoo.ninformer_blocks import FourierGate, MixerGate, NinBlock, fold_resampling, native_grid_maps
 
 __all__ = ["NinFormer", "constructor_arguments"]
@@ -152,6 +153,7 @@ class NinFormer(nn.Module):
         self.norm = LayerNorm(embed_dim, eps=norm_eps, **dd) if final_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        replace_dropout(self)
 
     def _grid_of(self, size: tuple[int, int]) -> list[int]:
         patch = self.patch_embed.patch_size

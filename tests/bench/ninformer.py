@@ -10,6 +10,7 @@ the first.
 
 from __future__ import annotations
 
+import copy
 import platform
 import statistics
 import sys
@@ -21,7 +22,7 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import zoo
 from zoo.kernels import token_gate, token_mix
@@ -122,8 +123,31 @@ def bench_model(name: str) -> None:
             show(f"{name}, batch {batch}", forms)
 
 
+def bench_training(name: str) -> None:
+    """A training step with the official dropout, by zoo's module and by torch's."""
+    model = timm.create_model(name, num_classes=10, proj_drop_rate=0.5).train()
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, child_name, nn.Dropout(child.p))
+    images, targets = torch.randn(32, *model.pretrained_cfg["input_size"]), torch.randint(10, (32,))
+
+    def step(model: nn.Module, dtype: torch.dtype) -> None:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+        model.zero_grad()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        forms = {"torch's dropout": partial(step, plain, dtype), "zoo's": partial(step, model, dtype)}
+        show(f"{name}, training, 32, {str(dtype)[6:]}", forms, rounds=7)
+
+
 if __name__ == "__main__":
     header()
     bench_operators()
     for model_name in sys.argv[1:] or ("ninformer_patch4_32", "ninformer_tiny_patch16_224"):
         bench_model(model_name)
+    for model_name in ("ninformer_patch4_32", "activator_patch4_32"):
+        bench_training(model_name)
