@@ -4,6 +4,7 @@
   zoo eval caformer_s18.pth --data imagenet --compare
   zoo eval crate_alpha_base_p16 --pretrained --data imagenet --compare --real real.json
   zoo eval craft_x2 --pretrained --data Set5 --compare
+  zoo eval exported/best_int8.onnx --data photos/val
 
 What a file is, and so what it does, is in the file or recognised as by zoo convert. Released weights are evaluated with
 the settings of their claim (zoo weights list), others with the model's own. --compare prints claim, measurement and
@@ -30,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `zoo eval`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "weights", nargs="?", metavar="FILE|MODEL", help="weight file, official or zoo's, or a name with --pretrained"
+        "weights",
+        nargs="?",
+        metavar="FILE|MODEL",
+        help="weight file (the authors', zoo's, or zoo export's ONNX), or a name with --pretrained",
     )
     parser.add_argument("--task", choices=_TASKS, help="the file's by default")
     parser.add_argument("--data", required=True, help="the data set, in any layout that zoo train takes for this task")
@@ -120,7 +124,8 @@ def _compare(subject: Subject, outcomes: list[Outcome], args: argparse.Namespace
         split = "" if outcome.split == "test" else f" {outcome.split}"
         print(f"\n{subject.weights.name if subject.weights else subject.name} on {outcome.dataset}{split}")
         print("\n".join(comparison.lines()))
-    append_results(args.results, [to_record(subject, c, pick_device(args.device)) for c in comparisons])
+    device = "cpu" if subject.file is not None and subject.file.suffix == ".onnx" else pick_device(args.device)
+    append_results(args.results, [to_record(subject, c, device) for c in comparisons])
     print(f"recorded in {args.results}")
 
 
@@ -138,6 +143,11 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
     from zoo.train.tasks.classification import evaluation_transform
 
     model = subject.model
+    onnx = subject.file is not None and subject.file.suffix == ".onnx"
+    if onnx and (args.fold or args.precision != "float32"):
+        raise ValueError(f"{subject.title} has its form and precision: leave --fold and --precision out")
+    if onnx and args.device not in (None, "cpu"):
+        raise ValueError(f"{subject.title} runs on the CPU: leave --device {args.device} out")
     if not model.num_classes:
         raise ValueError(f"{subject.title} has no classifier: there is nothing to evaluate")
     real = read_real_labels(args.real) if args.real else None
@@ -164,7 +174,7 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
         std=settings["std"],
         batch_size=args.batch_size,
         workers=args.workers,
-        device=pick_device(args.device),
+        device="cpu" if onnx else pick_device(args.device),
         precision=args.precision,
         left_out=[(bad.path, bad.reason) for bad in report.unreadable],
     )
@@ -181,8 +191,8 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
         "interpolation": settings["eval_interpolation"],
         "mean": list(settings["mean"]),
         "std": list(settings["std"]),
-        "precision": args.precision,
-        "folded": args.fold,
+        "precision": f"{model.file.metadata['precision']} in ONNX Runtime" if onnx else args.precision,
+        **({} if onnx else {"folded": args.fold}),
         **({"real_images": counts["real_top1"]} if counts else {}),
     }
     return [Outcome(known, args.split, len(evaluation.paths), metrics, used, counts)]

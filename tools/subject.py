@@ -91,6 +91,8 @@ def load_subject(
     if weights:
         if checkpoint or pretrained:
             raise ValueError(f"{weights} has its weights: leave --checkpoint and --pretrained out")
+        if Path(weights).suffix == ".onnx":
+            return _from_onnx(Path(weights), model, arguments)
         return _from_file(Path(weights), model, arguments, img_size)
     if not model:
         raise ValueError("give a weight file of zoo, or --model with --checkpoint or --pretrained")
@@ -175,6 +177,31 @@ def _from_file(path: Path, model: str | None, arguments: Mapping[str, Any] | Non
     if entry is not None and not own and entry.sha256 not in (None, sha256):
         notes.append(f"{path} has another SHA-256 than {entry.name} of the manifest: it is not the authors' file")
     return Subject(network.eval(), name, task, str(path), entry, path, sha256, notes)
+
+
+def _from_onnx(path: Path, model: str | None, arguments: Mapping[str, Any] | None) -> Subject:
+    """A classifier that zoo export wrote; the file it came from tells its place in the manifest."""
+    from zoo.downloads import file_sha256
+    from zoo.onnx_model import OnnxClassifier, OnnxModel
+
+    if model or arguments:
+        raise ValueError(f"{path} holds its model whole: leave --model, --model-args and --num-classes out")
+    file = OnnxModel(path)
+    if file.task != "classification":
+        raise ValueError(f"{path} is a model of {file.task}: ONNX files are evaluated for classification only")
+    described = file.metadata
+    entry = _entry_of_hash(described["source_sha256"]) if described.get("source_sha256") else None
+    note = f"{path}: {described['model']}, {described['precision']}, {described['size_rule']['text']}, by ONNX Runtime"
+    return Subject(
+        OnnxClassifier(file).eval(),
+        described["model"],
+        "classification",
+        str(path),
+        entry,
+        path,
+        file_sha256(path),
+        [note],
+    )
 
 
 def _remember_size(network: nn.Module, size: int | Sequence[int] | None) -> None:

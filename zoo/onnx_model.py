@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.extras import require
 from zoo.images import ImageSource, describe_source, read_image
@@ -116,3 +116,41 @@ class OnnxModel:
                 name = os.fspath(source) if isinstance(source, str | os.PathLike) else None
                 found.append(_choose(row, tuple(self.class_names), topk, multilabel, threshold, name))
         return found if several else found[0]
+
+
+class OnnxClassifier(nn.Module):
+    """An `OnnxModel` where a classifier of PyTorch is expected: with timm's attributes and without parameters.
+
+    It runs on the CPU, whichever device its inputs are on.
+
+    Raises:
+        ValueError: the file is no classifier.
+    """
+
+    def __init__(self, file: OnnxModel):
+        super().__init__()
+        if file.task != "classification":
+            raise ValueError(f"{file.path} is a model of {file.task}, not a classifier")
+        self.file = file
+        self.class_names = file.class_names
+        self.num_classes = len(file.class_names)
+        self.in_chans = file.metadata["preprocessing"]["input_size"][0]
+        self.pretrained_cfg = self.default_cfg = {
+            **file.metadata["preprocessing"],
+            "architecture": file.metadata["model"],
+            "num_classes": self.num_classes,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) -> logits (B, classes).
+
+        Raises:
+            ValueError: the file takes images of another size only.
+        """
+        rule = self.file.metadata["size_rule"]
+        if rule["kind"] == "static" and list(images.shape[2:]) != list(rule["size"]):
+            raise ValueError(
+                f"{self.file.path} takes images of {rule['text']}, these are {images.shape[2]}x{images.shape[3]}: "
+                "export it without --static-size, or at this size"
+            )
+        return self.file.logits(images.detach().cpu()).to(images.device)

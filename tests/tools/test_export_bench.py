@@ -51,6 +51,39 @@ def test_a_file_is_exported_and_predicts_as_its_source(weights, tmp_path, capsys
     assert "is a model of classification" in capsys.readouterr().err
 
 
+@pytest.fixture
+def three_classes(tmp_path):
+    folder = tmp_path / "photos" / "val"
+    folder.mkdir(parents=True)
+    for name in ("dress", "hat", "pants"):
+        (folder / name).symlink_to((CLOTHING / "val" / name).resolve(), target_is_directory=True)
+    return folder.parent
+
+
+def test_a_file_is_evaluated_as_its_source(weights, three_classes, tmp_path, capsys):
+    assert main(["export", str(weights), "--out", str(tmp_path / "model.onnx"), "--static-size"]) == 0
+    found = []
+    for number, file in enumerate((weights, tmp_path / "model.onnx")):
+        out = tmp_path / str(number)
+        arguments = ["eval", str(file), "--data", str(three_classes), "--out", str(out), "--workers", "0"]
+        assert main([*arguments, "--record", "--results", str(tmp_path / "results.jsonl")]) == 0
+        found.append([json.loads((out / "results.json").read_text())["scores"], (out / "per_class.csv").read_text()])
+    assert "float32, 32x32 only, by ONNX Runtime" in capsys.readouterr().out
+    assert found[0] == found[1]
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["settings"]["precision"] for r in records] == ["float32", "float32 in ONNX Runtime"]
+    assert [r["file"] for r in records] == ["model.safetensors", "model.onnx"]
+
+    for more, sentence in (
+        (["--img-size", "40"], "takes images of 32x32 only, these are 40x40"),
+        (["--fold"], "leave --fold and --precision out"),
+        (["--model", "crate_tiny"], "holds its model whole"),
+        (["--device", "cuda"], "runs on the CPU"),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_wrong_exports_are_one_sentence(weights, tmp_path, capsys):
     for arguments, sentence in (
         ([str(weights), "--format", "pt2", "--out", str(tmp_path / "m.onnx")], "is no name for pt2"),
