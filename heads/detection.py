@@ -102,7 +102,8 @@ class Detector(nn.Module):
         return found
 
     def _run(self, images: list[Tensor], targets: list[Target] | None) -> Any:
-        raise NotImplementedError
+        """Losses by name with targets, detections of each image without; labels count from `_first_label`."""
+        raise NotImplementedError(f"{type(self).__name__} is a detector without a `_run`: a subclass says how it runs")
 
     def predict(self, image: Any, **options: Any) -> Any:
         """Objects in a picture, or in each of several; see `zoo.heads.detection_prediction.predict` for the options.

@@ -84,7 +84,7 @@ class _OnnxHead(OnnxModel):
 
     def predict_one(self, source: ImageSource, **options: Any) -> Prediction:
         """One picture."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it predicts: open files with `open_model`")
 
 
 class OnnxDetector(_OnnxHead):

@@ -124,7 +124,7 @@ def _compare(subject: Subject, outcomes: list[Outcome], args: argparse.Namespace
         split = "" if outcome.split == "test" else f" {outcome.split}"
         print(f"\n{subject.weights.name if subject.weights else subject.name} on {outcome.dataset}{split}")
         print("\n".join(comparison.lines()))
-    device = "cpu" if subject.file is not None and subject.file.suffix == ".onnx" else pick_device(args.device)
+    device = "cpu" if subject.is_onnx else pick_device(args.device)
     append_results(args.results, [to_record(subject, c, device) for c in comparisons])
     print(f"recorded in {args.results}")
 
@@ -143,10 +143,9 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
     from zoo.train.tasks.classification import evaluation_transform
 
     model = subject.model
-    onnx = subject.file is not None and subject.file.suffix == ".onnx"
-    if onnx and (args.fold or args.precision != "float32"):
+    if subject.is_onnx and (args.fold or args.precision != "float32"):
         raise ValueError(f"{subject.title} has its form and precision: leave --fold and --precision out")
-    if onnx and args.device not in (None, "cpu"):
+    if subject.is_onnx and args.device not in (None, "cpu"):
         raise ValueError(f"{subject.title} runs on the CPU: leave --device {args.device} out")
     if not model.num_classes:
         raise ValueError(f"{subject.title} has no classifier: there is nothing to evaluate")
@@ -174,7 +173,7 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
         std=settings["std"],
         batch_size=args.batch_size,
         workers=args.workers,
-        device="cpu" if onnx else pick_device(args.device),
+        device="cpu" if subject.is_onnx else pick_device(args.device),
         precision=args.precision,
         left_out=[(bad.path, bad.reason) for bad in report.unreadable],
     )
@@ -191,10 +190,13 @@ def _run_classification(subject: Subject, args: argparse.Namespace) -> list[Outc
         "interpolation": settings["eval_interpolation"],
         "mean": list(settings["mean"]),
         "std": list(settings["std"]),
-        "precision": f"{model.file.metadata['precision']} in ONNX Runtime" if onnx else args.precision,
-        **({} if onnx else {"folded": args.fold}),
+        "precision": args.precision,
+        "folded": args.fold,
         **({"real_images": counts["real_top1"]} if counts else {}),
     }
+    if subject.is_onnx:
+        used["precision"] = f"{model.file.metadata['precision']} in ONNX Runtime"
+        del used["folded"]  # the file does not tell
     return [Outcome(known, args.split, len(evaluation.paths), metrics, used, counts)]
 
 

@@ -49,6 +49,11 @@ class Subject:
     sha256: str | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_onnx(self) -> bool:
+        """ONNX Runtime runs it, on the CPU."""
+        return self.file is not None and self.file.suffix == ".onnx"
+
 
 def task_of(weights: str | None) -> str:
     """What a weight file of zoo does; "classification" for others."""
@@ -70,7 +75,8 @@ def load_subject(
     """The model that the arguments describe, with its weights.
 
     Args:
-        weights: a weight file, official or zoo's, or a name, which then is `model`.
+        weights: a weight file, official or zoo's, a classifier that zoo export wrote as ONNX, or a name, which then is
+            `model`.
         model: NAME or NAME.TAG: what the file is, or whose weights are wanted.
         checkpoint: weights for `model`, in any layout.
         pretrained: released weights for `model`.
@@ -81,6 +87,7 @@ def load_subject(
         ValueError: neither weights nor a model, or no such model.
         FileNotFoundError: no such file.
         CheckpointError: the file cannot be used.
+        ImportError: an ONNX file without the packages of the extra `export`.
     """
     if weights and not Path(weights).exists() and _is_name(weights):
         if model:
@@ -187,21 +194,10 @@ def _from_onnx(path: Path, model: str | None, arguments: Mapping[str, Any] | Non
     if model or arguments:
         raise ValueError(f"{path} holds its model whole: leave --model, --model-args and --num-classes out")
     file = OnnxModel(path)
-    if file.task != "classification":
-        raise ValueError(f"{path} is a model of {file.task}: ONNX files are evaluated for classification only")
-    described = file.metadata
+    network, described = OnnxClassifier(file).eval(), file.metadata
     entry = _entry_of_hash(described["source_sha256"]) if described.get("source_sha256") else None
     note = f"{path}: {described['model']}, {described['precision']}, {described['size_rule']['text']}, by ONNX Runtime"
-    return Subject(
-        OnnxClassifier(file).eval(),
-        described["model"],
-        "classification",
-        str(path),
-        entry,
-        path,
-        file_sha256(path),
-        [note],
-    )
+    return Subject(network, described["model"], "classification", str(path), entry, path, file_sha256(path), [note])
 
 
 def _remember_size(network: nn.Module, size: int | Sequence[int] | None) -> None:

@@ -124,7 +124,7 @@ class SegmentationMetric(BaseMetric):
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Not used: `evaluate` has the counts."""
-        raise NotImplementedError
+        raise NotImplementedError("scores come from the counts of all processes: call `evaluate`")
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Scores of all processes' images in percent.

@@ -124,7 +124,7 @@ def export_onnx(
                 batch_size=batch_size,
                 images=images,
             )
-            described["difference"] = report.difference
+            described |= {"difference": report.difference, "undecided": report.undecided}
         proto = onnx.load(str(temporary))
         del proto.metadata_props[:]
         onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(described)})
@@ -169,7 +169,7 @@ def export_program(
                 batch_size=batch_size,
                 images=images,
             )
-            described["difference"] = report.difference
+            described |= {"difference": report.difference, "undecided": report.undecided}
         torch.export.save(program, temporary, extra_files={PROGRAM_FILE: json.dumps(described)})
         report.bytes = temporary.stat().st_size
     return report

@@ -130,7 +130,7 @@ class OnnxClassifier(nn.Module):
     def __init__(self, file: OnnxModel):
         super().__init__()
         if file.task != "classification":
-            raise ValueError(f"{file.path} is a model of {file.task}, not a classifier")
+            raise ValueError(f"{file.path} is a model of {file.task}: only classifiers are evaluated as ONNX")
         self.file = file
         self.class_names = file.class_names
         self.num_classes = len(file.class_names)

@@ -171,7 +171,7 @@ class SlabPyramid(nn.Module):
 
     def grids(self, img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Height and width of each stage's map."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which maps its stages have: a subclass does")
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,7 +17,8 @@ from zoo import exporting, ninformer_blocks
 from zoo.export_report import ExportError, SizeRule
 from zoo.exportable import exportable
 from zoo.exporting import find_size_rule
-from zoo.onnx_model import OnnxModel, open_session
+from zoo.onnx_model import OnnxClassifier, OnnxModel, open_session
+from zoo.preprocess import eval_transform_for
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -135,8 +137,19 @@ def test_the_check_reports_and_the_file_describes_itself(exported):
     assert model.metadata["size_rule"]["kind"] == "multiple"
     assert model.metadata["source"] == "photos"
     assert model.metadata["difference"] == report.difference
+    assert model.metadata["undecided"] == report.undecided == 0
     assert json.dumps(model.metadata)
     assert "resized" not in str(report)
+
+
+def test_a_file_stands_in_for_a_classifier(crate, exported):
+    classifier = OnnxClassifier(OnnxModel(exported.path))
+    images = torch.randn(3, 3, 40, 32)
+    assert (classifier.num_classes, classifier.in_chans, classifier.class_names) == (3, 3, ["dress", "hat", "pants"])
+    assert torch.equal(classifier(images), _run(exported.path, images))
+    assert str(eval_transform_for(classifier)) == str(eval_transform_for(crate))
+    with pytest.raises(ValueError, match="is a model of detection: only classifiers are evaluated"):
+        OnnxClassifier(SimpleNamespace(task="detection", path="boxes.onnx"))
 
 
 def test_a_picture_gets_the_scores_of_the_model(crate, exported):
